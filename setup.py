@@ -1,0 +1,73 @@
+"""Builds the one extension, fastconv._C. Metadata is static, in pyproject.toml."""
+import os
+import platform
+import shutil
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
+
+# Every ISA compiles the same micro-kernel source; only these flags and its namespace differ.
+ISA_FLAGS = {
+    "x86_64": {
+        "scalar": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    },
+    "aarch64": {"scalar": [], "neon": []},
+}
+ISAS = ISA_FLAGS.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()), {"scalar": []})
+
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+# Contraction gives every acc += x * w one FMA; no other fast-math, so NaN, Inf and -0 behave as in ATen.
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
+
+
+def require_toolchain():
+    """Says in one sentence what to install, where the compiler's own message would be a page."""
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
+        raise PlatformError(f"fastconv: no C++ compiler ({compiler!r} not found): install one, e.g. `apt-get install g++`, or set CXX")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise PlatformError(f"fastconv: no Python headers ({header} not found): install them, e.g. `apt-get install python3-dev`")
+
+
+class Build(build_ext):
+    """Compiles kernels/cpu once per ISA and csrc once, in parallel, and links them into one module."""
+
+    def build_extension(self, ext):
+        require_toolchain()
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        include = ["."] + include_paths() + [sysconfig.get_paths()["include"]]
+        isa_macros = [(f"FASTCONV_HAS_{isa.upper()}", "1") for isa in ISAS]
+        torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCONV_CXX_FLAGS", '"' + " ".join(CXX_FLAGS + KERNEL_FLAGS) + '"')]
+        jobs = [(source, isa_macros + torch_macros, CXX_FLAGS, "torch") for source in ext.sources if source.startswith("csrc")]
+        jobs += [(source, isa_macros, CXX_FLAGS + KERNEL_FLAGS, "core") for source in ext.sources if source.startswith("kernels")]
+        for isa, flags in ISAS.items():
+            macros = isa_macros + [("FASTCONV_ISA", isa), (f"FASTCONV_ISA_IS_{isa.upper()}", "1")]
+            jobs.append(("kernels/cpu/kernels.cpp", macros, CXX_FLAGS + KERNEL_FLAGS + flags, isa))
+
+        def compile_one(job):
+            source, macros, flags, folder = job
+            return self.compiler.compile([source], output_dir=os.path.join(self.build_temp, folder), macros=macros,
+                                         include_dirs=include, extra_postargs=flags, depends=ext.depends)
+
+        jobs.sort(key=lambda job: job[3] not in ISAS)  # the kernels take longest, so they start first
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.compiler.link_shared_object(objects, target, libraries=["c10", "torch", "torch_cpu"], library_dirs=library_paths(),
+                                         extra_postargs=HARDENING, target_lang="c++")
+
+
+sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+sources += sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp") if path.name != "kernels.cpp")
+headers = sorted(str(path) for folder in ("csrc", "kernels/cpu") for path in Path(folder).glob("*.h")) + ["fastconv/schemas.inc"]
+setup(ext_modules=[Extension("fastconv._C", sources=sources, depends=headers, language="c++")], cmdclass={"build_ext": Build})
