@@ -1,0 +1,91 @@
+# `make demo` and `make test` need python3 (3.10 or later), a C++20 compiler and a network the first time; later runs start in seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/gpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := -c requirements/constraints.txt
+EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kernels/cpu/*)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test gpu bench-pointwise lint format wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.built  ## six networks on real photographs: logits and times beside eager torch (ARGS="--nets mobilenet_v2")
+	$(BIN)/fastconv demo $(ARGS)
+
+test: $(VENV)/.built  ## every test but the slow ones (ARGS="-k pointwise", ARGS="-m slow")
+	$(BIN)/python -m pytest $(ARGS)
+
+bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape and ISA
+	$(BIN)/python benchmarks/bench_pointwise.py $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp)
+
+format: $(VENV)/.dev  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp)
+
+wheel: $(VENV)/.installed  ## a wheel for this machine's Python, in dist/
+	rm -rf build/lib.* build/bdist.*
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist out *.egg-info fastconv/_C*.so demo.png .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment, a stamp per step.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "fastconv: no $(PYTHON): install Python 3.10 or later, or name one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) requirements/check.py
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch by itself first, so that nothing else can choose another build of it.
+$(VENV)/.installed: $(VENV)/.created requirements/constraints.txt requirements/test.txt requirements/no-deps.txt
+	$(PIP) install $(PINS) torch
+	$(PIP) install $(PINS) -r requirements/test.txt
+	$(PIP) install $(PINS) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(EXTENSION)
+	@$(BIN)/python requirements/check.py
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created requirements/constraints.txt requirements/dev.txt
+	$(PIP) install $(PINS) -r requirements/dev.txt
+	@touch $@
+
+# GPU: in .venv as everything else, or in the Python named on the command line (make gpu PYTHON=python3), which then must have torch,
+# triton and pytest; nothing is installed into it: the package is staged in build/gpu, and without a compiler only Triton runs.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON = PYTHONPATH=build/gpu $(PYTHON)
+GPU_READY = build/gpu/.staged
+else
+GPU_PYTHON = $(BIN)/python
+GPU_READY = $(VENV)/.built
+endif
+
+gpu: $(GPU_READY)  ## GPU tests, then GPU benchmarks into OUT=out/gpu (PYTHON=python3: in that Python, offline)
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    mkdir -p "$(OUT)" && $(GPU_PYTHON) -m pytest -m gpu tests/gpu && $(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)"; \
+	else \
+	    echo "fastconv: torch sees no GPU on this machine (torch.cuda.is_available() is False); no GPU test or benchmark was run"; \
+	fi
+
+build/gpu/.staged: $(EXTENSION)
+	@$(PYTHON) -c 'import torch, triton, pytest' || { echo "fastconv: $(PYTHON) needs torch, triton and pytest for make gpu" >&2; exit 1; }
+	@mkdir -p build/gpu/fastconv
+	@ln -sfn ../../../kernels build/gpu/fastconv/kernels
+	@$(PYTHON) setup.py -q build_ext --build-lib build/gpu --build-temp build/gpu/temp \
+	    || echo "fastconv: the CPU extension was not built; GPU tests and benchmarks run without it"
+	@touch $@
