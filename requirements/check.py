@@ -20,7 +20,10 @@ def missing():
         return "Python's venv module is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     if not os.path.exists(header):
-        return "Python's headers are missing (no %s): install them (Debian, Ubuntu: apt-get install python3-dev; Fedora: python3-devel)" % header
+        return (
+            "Python's headers are missing (no %s): install them (Debian, Ubuntu: apt-get install python3-dev; Fedora: python3-devel)"
+            % header
+        )
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
         return "there is no C++ compiler (%s not found): install g++ (Debian, Ubuntu: apt-get install g++), or set CXX" % compiler[0]
