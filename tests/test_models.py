@@ -447,7 +447,7 @@ def test_a_pickle_payload_is_refused_and_not_run(state, tmp_path):
 @pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": 3}, {"a": "b"}, {3: torch.zeros(1)}, torch.zeros(3)])
 def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="weights: .*other.pth holds no state_dict"):
+    with pytest.raises(ValueError, match=r"weights: .*other.pth holds no state_dict"):
         models.mobilenet_v3_small(weights=tmp_path / "other.pth")
 
 
@@ -479,13 +479,13 @@ def test_torchvision_weights_for_other_classes_are_refused(state, monkeypatch):
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="mobilenet_v2: weights must be a file or one of IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, got 'V3'"):
+    with pytest.raises(ValueError, match=r"mobilenet_v2: weights must be a file or one of IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, got 'V3'"):
         models.mobilenet_v2(weights="V3")
-    with pytest.raises(TypeError, match="mobilenet_v2: weights must be of MobileNet_V2_Weights, got SqueezeNet1_0_Weights.IMAGENET1K_V1"):
+    with pytest.raises(TypeError, match=r"mobilenet_v2: weights must be of MobileNet_V2_Weights, got SqueezeNet1_0_Weights.IMAGENET1K_V1"):
         models.mobilenet_v2(weights=torchvision.models.SqueezeNet1_0_Weights.DEFAULT)
-    with pytest.raises(TypeError, match="mobilenet_v2: weights must be None, a path, .*, got int"):
+    with pytest.raises(TypeError, match=r"mobilenet_v2: weights must be None, a path, .*, got int"):
         models.mobilenet_v2(weights=3)
-    with pytest.raises(ValueError, match="mobilenet_v1: torchvision has no weights for it.* timm's mobilenetv1_100"):
+    with pytest.raises(ValueError, match=r"mobilenet_v1: torchvision has no weights for it.* timm's mobilenetv1_100"):
         models.mobilenet_v1(weights="DEFAULT")
 
 
@@ -500,7 +500,7 @@ def test_a_failing_download_is_explained(monkeypatch):
 
 def test_weights_names_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError, match="mobilenet_v2: weights='DEFAULT' .* torchvision is not installed"):
+    with pytest.raises(ImportError, match=r"mobilenet_v2: weights='DEFAULT' .* torchvision is not installed"):
         models.mobilenet_v2(weights="DEFAULT")
 
 

@@ -43,17 +43,13 @@ class MobileNetV2(Planned):
             )
         channels = make_divisible(32 * width_mult, round_nearest)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult), round_nearest)
-        features: list[nn.Module] = [
-            Conv2dNormActivation(3, channels, stride=2, norm_layer=norm_layer, activation_layer=nn.ReLU6)
-        ]
+        features: list[nn.Module] = [Conv2dNormActivation(3, channels, stride=2, norm_layer=norm_layer, activation_layer=nn.ReLU6)]
         for expand_ratio, width, blocks, stride in setting:
             out = make_divisible(width * width_mult, round_nearest)
             for i in range(blocks):
                 features.append(block(channels, out, stride if i == 0 else 1, expand_ratio=expand_ratio, norm_layer=norm_layer))
                 channels = out
-        features.append(
-            Conv2dNormActivation(channels, self.last_channel, 1, norm_layer=norm_layer, activation_layer=nn.ReLU6)
-        )
+        features.append(Conv2dNormActivation(channels, self.last_channel, 1, norm_layer=norm_layer, activation_layer=nn.ReLU6))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
         init_weights(self)

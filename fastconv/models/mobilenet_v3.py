@@ -71,13 +71,14 @@ class InvertedResidual(Planned):
         self,
         cnf: InvertedResidualConfig,
         norm_layer: Callable[..., nn.Module],
-        se_layer: Callable[..., nn.Module] = partial(SqueezeExcitation, scale_activation=nn.Hardsigmoid),
+        se_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if cnf.stride not in (1, 2):
             raise ValueError(f"InvertedResidual: stride must be 1 or 2, got {cnf.stride}")
         self.use_res_connect = cnf.stride == 1 and cnf.input_channels == cnf.out_channels
         self.out_channels = cnf.out_channels
+        se_layer = se_layer or partial(SqueezeExcitation, scale_activation=nn.Hardsigmoid)
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.Hardswish if cnf.use_hs else nn.ReLU)
         layers: list[nn.Module] = []
         if cnf.expanded_channels != cnf.input_channels:

@@ -68,15 +68,11 @@ class SqueezeNet(Planned):
         return torch.flatten(self.classifier(self.features(x)), 1)
 
 
-def squeezenet1_0(
-    *, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5
-) -> SqueezeNet:
+def squeezenet1_0(*, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5) -> SqueezeNet:
     """SqueezeNet 1.0. `weights`: see `fastconv.models`."""
     return load_weights(SqueezeNet("1_0", num_classes, dropout), weights, "squeezenet1_0", progress)
 
 
-def squeezenet1_1(
-    *, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5
-) -> SqueezeNet:
+def squeezenet1_1(*, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5) -> SqueezeNet:
     """SqueezeNet 1.1, with 2.4 times less computation than 1.0. `weights`: see `fastconv.models`."""
     return load_weights(SqueezeNet("1_1", num_classes, dropout), weights, "squeezenet1_1", progress)

@@ -12,9 +12,7 @@ from fastconv.optimize.planned import Planned
 
 def _plain_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     """The normalisation alone of timm's BatchNormAct2d, with its tensors shared."""
-    plain = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
     plain._parameters.update(norm._parameters)
     plain._buffers.update(norm._buffers)
     return plain.train(norm.training)
