@@ -1,0 +1,189 @@
+"""The package as its users get it: sdist, wheel, a missing Triton, a missing extension, and documents that name real files."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastconv
+from fastconv import _extension
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+VERSION = re.search(r'^version = "(.+)"', PYPROJECT, re.MULTILINE).group(1)
+
+# An editable installation of this checkout finds fastconv wherever Python runs; these tests are about the copy on PYTHONPATH.
+WITHOUT_CHECKOUT = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.path[:] = [entry for entry in sys.path if "__editable__" not in entry]
+"""
+
+CONVOLVE = """
+import torch, fastconv
+x, weight = torch.randn(2, 5, 9, 7), torch.randn(5, 1, 3, 3)
+expected = torch.nn.functional.conv2d(x, weight, padding=1, groups=5).relu()
+torch.testing.assert_close(fastconv.ops.depthwise(x, weight, activation="relu"), expected)
+"""
+
+
+def python(script: str, site: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script with the package of this folder, away from the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_CHECKOUT + script], cwd=site, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """The sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "checkout"
+    built = (".git", ".venv", "build", "dist", "out", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*built))
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    [archive] = folder.glob("fastconv-*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    return folder / f"fastconv-{VERSION}"
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path) -> Path:
+    """A wheel built from the sdist, so that nothing of the checkout can slip in."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(sdist.parent / "dist"), str(sdist)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    [path] = (sdist.parent / "dist").glob("fastconv-*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site(wheel: Path) -> Path:
+    """A folder with the wheel installed, outside the checkout."""
+    folder = wheel.parent / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of the Python files alone, as an installation without a compiler would leave them."""
+    keep_python = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fastconv", tmp_path / "fastconv", ignore=keep_python)
+    shutil.copytree(ROOT / "kernels", tmp_path / "fastconv" / "kernels", ignore=keep_python)
+    return tmp_path
+
+
+def test_the_version_is_one():
+    assert importlib.metadata.version("fastconv") == VERSION
+    assert getattr(fastconv, "__version__", VERSION) == VERSION
+
+
+def test_the_installed_metadata_names_the_extras_and_the_command():
+    metadata = importlib.metadata.metadata("fastconv")
+    assert {"test", "bench", "peers", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    [command] = [entry for entry in importlib.metadata.entry_points(group="console_scripts") if entry.name == "fastconv"]
+    assert command.value == "fastconv.cli:main"
+
+
+def test_every_package_folder_is_shipped():
+    """A new sub-package that pyproject.toml does not list would work in a checkout and be missing from the wheel."""
+    listed = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL).group(1)))
+    folders = {"fastconv", "fastconv.kernels", "fastconv.kernels.gpu"}
+    folders |= {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "fastconv").rglob("__init__.py")}
+    assert listed == folders
+
+
+def test_the_sdist_has_what_a_build_and_a_reader_need(sdist):
+    tracked = ["fastconv/**/*.py", "fastconv/schemas.inc", "csrc/*", "kernels/cpu/*", "kernels/gpu/*.py", "tests/**/*.py", "docs/**/*.md"]
+    tracked += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "requirements/*", ".ci/run"]
+    files = [file.relative_to(ROOT) for pattern in tracked for file in ROOT.glob(pattern) if file.is_file()]
+    assert len(files) > 50
+    assert [str(file) for file in files if not (sdist / file).exists()] == []
+
+
+def test_the_wheel_has_python_the_schemas_and_one_extension(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for file in [*(ROOT / "fastconv").rglob("*.py"), ROOT / "fastconv/schemas.inc", *(ROOT / "kernels").rglob("*.py")]:
+        relative = file.relative_to(ROOT).as_posix()
+        assert (relative if relative.startswith("fastconv/") else f"fastconv/{relative}") in names
+    assert len([name for name in names if re.fullmatch(r"fastconv/_C\..*\.so", name)]) == 1
+    assert not [name for name in names if name.startswith(("tests", "kernels", "csrc", "build"))]
+
+
+def test_an_installed_wheel_works_outside_the_checkout(site):
+    script = """
+import importlib, pkgutil
+import fastconv, fastconv._C, fastconv.kernels
+found = [fastconv.__file__, fastconv._C.__file__]
+for module in pkgutil.walk_packages(fastconv.kernels.__path__, "fastconv.kernels."):
+    found.append(importlib.import_module(module.name).__file__)
+print("\\n".join(found))
+"""
+    files = python(script + CONVOLVE, site).stdout.split()
+    assert all(Path(file).is_relative_to(site) for file in files), files
+    kernels = {Path(file).name for file in files if "gpu" in Path(file).parts}
+    assert {"depthwise.py", "pointwise.py", "fire_expand.py"} <= kernels
+
+
+def test_an_installed_wheel_has_the_command(site):
+    done = python("from fastconv.cli import main; main(['--version'])", site)
+    assert done.stdout.strip() == f"fastconv, version {VERSION}"
+    assert (site / "bin" / "fastconv").exists()
+
+
+def test_it_imports_and_computes_without_triton(site):
+    python("sys.modules['triton'] = None\n" + CONVOLVE, site)
+
+
+def test_it_warns_in_one_line_and_computes_without_the_extension(bare):
+    done = python(CONVOLVE + "assert not fastconv._extension.available", bare)
+    lines = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(lines) == 1
+    assert "fastconv: the compiled extension is not available" in lines[0]
+
+
+def test_a_silenced_backend_does_not_warn_without_the_extension(bare):
+    assert python(CONVOLVE, bare, FASTCONV_BACKEND="aten").stderr == ""
+
+
+def test_models_give_the_same_logits_without_the_extension(bare):
+    script = """
+import torch, fastconv
+model = fastconv.models.squeezenet1_1().eval()
+x = torch.randn(1, 3, 65, 64)
+with torch.no_grad():
+    torch.testing.assert_close(model(x), torch.fx.symbolic_trace(model)(x), rtol=1e-4, atol=1e-5)
+"""
+    python(script, bare, FASTCONV_BACKEND="aten")
+
+
+def test_the_extension_of_this_checkout_is_loaded():
+    assert _extension.available, _extension.reason
+
+
+@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]))
+def test_every_path_a_document_names_exists(document):
+    text = (ROOT / document).read_text()
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    top = {path.name for path in ROOT.iterdir() if path.name not in ("build", "dist", "out")}
+    named = {path.rstrip("/") for path in re.findall(r"`([\w.][\w./-]*)`", text) if path.split("/")[0] in top and "/" in path}
+    links = set(re.findall(r"\]\(([^)#:]+)\)", text))
+    assert named or links or document.startswith("docs/decisions"), "no path found: the pattern of this test is out of date"
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    assert [link for link in sorted(links) if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
+def test_ci_runs_the_command_that_the_readme_names():
+    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert "make test" in (ROOT / "README.md").read_text()
