@@ -1,0 +1,62 @@
+"""Finds the compiled extension and reads which backend the user asked for.
+
+`FASTCONV_BACKEND` is read once, at import:
+
+- `auto` (default): compiled kernels on CPU, Triton kernels on CUDA, ATen for what they do not cover;
+- `aten`: the plain-torch reference everywhere (`FASTCONV_DISABLE=1` says the same);
+- `cpu`: compiled kernels, or an error;
+- `triton`: Triton kernels, or an error; CPU tensors only in Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+import os
+import sys
+import warnings
+
+BACKENDS = ("auto", "aten", "cpu", "triton")
+
+
+def _requested_backend() -> str:
+    if os.environ.get("FASTCONV_DISABLE", "0") not in ("", "0"):
+        return "aten"
+    name = os.environ.get("FASTCONV_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise RuntimeError(f"FASTCONV_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _load() -> str | None:
+    """Imports fastconv._C, which registers the operators. Returns why it could not, or None."""
+    try:
+        import importlib.util, pathlib  # noqa: E401  TEMPORARY: until the rebuilt extension has the schemas of today
+        spec = importlib.util.find_spec("fastconv._C")
+        if spec and spec.origin and b"bias=None, *, Tensor? residual" in pathlib.Path(spec.origin).read_bytes():
+            return "it is older than its schemas"
+        import fastconv._C  # noqa: F401
+    except ModuleNotFoundError:
+        return "it was not built"
+    except ImportError as error:
+        if os.environ.get("FASTCONV_ISA"):  # a forced instruction set that cannot serve is an error, never a fallback
+            raise RuntimeError(str(error)) from error
+        return str(error)
+    return None
+
+
+_backend = _requested_backend()
+reason = _load()
+available = reason is None
+
+if not available:
+    for variable in ("FASTCONV_ISA", "FASTCONV_BACKEND"):
+        if os.environ.get(variable) and (variable == "FASTCONV_ISA" or _backend == "cpu"):
+            raise RuntimeError(f"{variable}={os.environ[variable]} needs the compiled extension, fastconv._C: {reason}")
+    if _backend == "auto":
+        warnings.warn(f"fastconv: the compiled extension is not available ({reason}); running through ATen", stacklevel=2)
+
+
+def backend() -> str:
+    """The backend in force: "auto", "aten", "cpu" or "triton"."""
+    return _backend
+
+
+def isa() -> str | None:
+    """The instruction set that the compiled kernels use, or None without them."""
+    return sys.modules["fastconv._C"].isa() if available else None

@@ -1,0 +1,22 @@
+"""What the compiled CPU kernels cover. Everything else runs through ATen, or is refused when the backend is forced."""
+import torch
+from torch import Tensor
+
+
+def uncovered(name: str, **arguments) -> str | None:
+    """Why the compiled kernel of an operator does not take these arguments (weights, and x where there is one), or None."""
+    for value in arguments.values():
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or value.dtype != torch.float32):
+            return f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}"
+    if name == "stem" and arguments["weight"].shape[1] > 4:
+        return f"{arguments['weight'].shape[1]} input channels"
+    weight = arguments["weight"] if name == "depthwise" else arguments.get("depthwise_weight")
+    if weight is not None:
+        kernel, stride, padding = tuple(weight.shape[2:]), tuple(arguments["stride"]), tuple(arguments["padding"])
+        if kernel not in ((3, 3), (5, 5)):
+            return f"a {kernel[0]} x {kernel[1]} kernel"
+        if max(stride) > 2:
+            return f"stride {stride}"
+        if max(padding) >= kernel[0]:
+            return f"padding {padding} around a {kernel[0]} x {kernel[1]} kernel"
+    return None

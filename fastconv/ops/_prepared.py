@@ -1,0 +1,93 @@
+"""A kernel bound to its weights, for inference: what an execution plan calls once per layer."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastconv import _extension
+from fastconv.ops._coverage import uncovered
+from fastconv.ops._register import has_cpu_kernel, overload
+
+
+class Prepared:
+    """`prepared(x)` is `op(x, *args)`: packed weights where the compiled kernels cover the layer, plain ones elsewhere. Picklable."""
+
+    __slots__ = ("op", "args", "label")
+
+    def __init__(self, op: Callable[..., Tensor], args: tuple, label: str) -> None:
+        self.op, self.args, self.label = op, args, label
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.op(x, *self.args)
+
+    @property
+    def kernel(self) -> str:
+        """What runs, in words; the instruction set is the one in use now."""
+        return self.label.format(isa=_extension.isa())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights and biases it owns or shares."""
+        flat = (item for arg in self.args for item in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+        return tuple(item for item in flat if isinstance(item, Tensor))
+
+    def __reduce__(self):
+        op = self.op.name().removeprefix("fastconv::") if isinstance(self.op, torch._ops.OpOverload) else self.op
+        return _restore, (type(self), op, self.args, self.label)
+
+
+class PreparedResidual(Prepared):
+    """`prepared(x, residual)` is `op(x, *args, residual, *after)`."""
+
+    __slots__ = ("after",)
+
+    def __init__(self, op: Callable[..., Tensor], args: tuple, label: str, after: tuple) -> None:
+        super().__init__(op, args, label)
+        self.after = after
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.op(x, *self.args, residual, *self.after)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return super().tensors
+
+    def __reduce__(self):
+        restore, args = super().__reduce__()
+        return restore, (*args, self.after)
+
+
+def _restore(kind: type[Prepared], op: str | Callable[..., Tensor], *args) -> Prepared:
+    return kind(overload(op) if isinstance(op, str) else op, *args)
+
+
+def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str]:
+    """Whether the compiled kernel serves a layer with these arguments, and the label that `explain` shows.
+
+    name: the operator; packed: the compiled operator that would run, where that is not the operator itself.
+    """
+    backend = _extension.backend()
+    weights = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if backend == "aten":
+        return False, "ATen (FASTCONV_BACKEND=aten)"
+    if backend != "triton" and has_cpu_kernel(packed or name):
+        why = uncovered(name, **arguments)
+        if why is None:
+            return True, f"{name} f32 {{isa}}"
+        if backend == "cpu":
+            raise RuntimeError(f"{name}: FASTCONV_BACKEND=cpu does not cover {why}")
+    else:
+        why = "no compiled kernel"
+    if backend == "triton" or (weights and weights[0].device.type == "cuda" and has_triton_kernel()):
+        return False, f"{name} triton"
+    return False, f"ATen ({why})"
+
+
+def has_triton_kernel() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
+
+
+def bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()

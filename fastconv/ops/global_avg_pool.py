@@ -1,0 +1,22 @@
+from torch import Tensor
+
+from fastconv.ops import _checks
+from fastconv.ops._prepared import Prepared, choose
+from fastconv.ops._register import overload, register
+
+_global_avg_pool = register("global_avg_pool", autocast=False)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over all pixels: (N, C, H, W) -> (N, C, 1, 1), as torch.nn.AdaptiveAvgPool2d(1).
+
+    Raises ValueError for a shape that does not fit, TypeError for a type or dtype.
+    Specification: `fastconv.reference.global_avg_pool`.
+    """
+    _checks.global_avg_pool(x)
+    return _global_avg_pool(x)
+
+
+def prepare_global_avg_pool() -> Prepared:
+    """`global_avg_pool` as a prepared kernel: returns call(x)."""
+    return Prepared(overload("global_avg_pool"), (), choose("global_avg_pool")[1])

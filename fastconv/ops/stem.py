@@ -1,0 +1,40 @@
+import torch
+from torch import Tensor
+
+from fastconv.ops import _checks
+from fastconv.ops._prepared import Prepared, bias_or_zeros, choose
+from fastconv.ops._register import overload, register
+
+_stem = register("stem")
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 2,
+    padding: int | tuple[int, int] = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """A network's first layer: activation(conv(x) + bias), a dense convolution of an image.
+
+    x: (N, Cin, H, W), an image as it is loaded, NCHW or channels_last; weight: (Cout, Cin, KH, KW); bias: (Cout,).
+    Returns (N, Cout, H', W') in x's dtype and memory format. The compiled kernel covers Cin up to 4.
+    Raises ValueError for a shape, value or device that does not fit, TypeError for a type or dtype.
+    Specification: `fastconv.reference.stem`.
+    """
+    stride, padding = _checks.stride_padding("stem", stride, padding)
+    _checks.stem(x, weight, bias, stride, padding, activation)
+    return _stem(x, weight, bias, stride, padding, activation)
+
+
+def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activation: str | None) -> Prepared:
+    """Binds `stem` to its weights: returns call(x)."""
+    stride, padding = _checks.stride_padding("stem", stride, padding)
+    compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias)
+    if not compiled:
+        return Prepared(overload("stem"), (weight, bias, stride, padding, activation), label)
+    panels = torch.ops.fastconv.pack_panels(weight)
+    args = (panels, bias_or_zeros(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)
+    return Prepared(overload("stem_packed"), args, label)
