@@ -1,0 +1,81 @@
+"""Registers the Triton kernels for CUDA. Triton itself is imported when the first one runs."""
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from fastconv import _extension, reference
+from fastconv.ops import _checks
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT32_MAX = 2**31 - 1
+
+
+def available() -> str | None:
+    """None where the Triton kernels can be imported, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if importlib.util.find_spec("fastconv.kernels") is None:
+        return "fastconv.kernels is not installed: this checkout's kernels/ folder becomes it on `pip install .` or `pip install -e .`"
+    return None
+
+
+def uncovered(x: Tensor, weight: Tensor, stride: tuple[int, int] | None = None, padding: tuple[int, int] | None = None) -> str | None:
+    """Why the Triton kernels do not take these arguments, or None. stride and padding: depthwise only; shapes are already checked."""
+    if x.dtype not in DTYPES:
+        return f"{x.dtype} on CUDA"
+    if x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "bfloat16 before sm_80"
+    if weight.numel() > INT32_MAX:
+        return f"a weight of {weight.numel()} elements"
+    if stride is not None and max(stride) > 2:
+        return f"stride {tuple(stride)}"
+    if padding is not None and max(padding) >= weight.shape[2]:
+        return f"padding {tuple(padding)} around a {weight.shape[2]} x {weight.shape[2]} kernel"
+    return None
+
+
+def _run(op: str, why: str | None, **arguments) -> Tensor:
+    if why is None:
+        return getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)(**arguments)
+    if _extension.backend() == "triton":
+        raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton does not cover {why}")
+    y = getattr(reference, op)(**arguments)
+    x = arguments["x"]
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def depthwise(x, weight, bias=None, stride=(1, 1), padding=(1, 1), activation=None):
+    arguments = dict(x=x, weight=weight, bias=bias, stride=stride, padding=padding, activation=activation)
+    _checks.depthwise(**arguments)
+    return _run("depthwise", uncovered(x, weight, stride, padding), **arguments)
+
+
+def pointwise(x, weight, bias=None, residual=None, activation=None):
+    arguments = dict(x=x, weight=weight, bias=bias, residual=residual, activation=activation)
+    _checks.pointwise(**arguments)
+    return _run("pointwise", uncovered(x, weight), **arguments)
+
+
+def fire_expand(x, weight1x1, bias1x1, weight3x3, bias3x3):
+    arguments = dict(x=x, weight1x1=weight1x1, bias1x1=bias1x1, weight3x3=weight3x3, bias3x3=bias3x3)
+    _checks.fire_expand(**arguments)
+    return _run("fire_expand", uncovered(x, weight3x3), **arguments)
+
+
+def register() -> None:
+    """Gives torch.ops.fastconv.depthwise, pointwise and fire_expand their CUDA kernels, as FASTCONV_BACKEND asks.
+
+    Raises ImportError where FASTCONV_BACKEND=triton and the kernels cannot be imported; otherwise CUDA tensors then take the reference.
+    """
+    backend = _extension.backend()
+    if backend not in ("auto", "triton"):
+        return
+    missing = available()
+    if missing is None:
+        for kernel in (depthwise, pointwise, fire_expand):
+            torch.library.register_kernel(f"fastconv::{kernel.__name__}", "cuda", kernel)
+    elif backend == "triton":
+        raise ImportError(f"FASTCONV_BACKEND=triton: {missing}")

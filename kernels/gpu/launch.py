@@ -1,0 +1,62 @@
+"""What every launcher needs of its tensors: layout, alignment, architecture, precision. Host code, no kernels."""
+
+import contextlib
+import functools
+import math
+
+import torch
+
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+INT32_MAX = 2**31 - 1
+
+
+@functools.cache
+def _arch(index: int) -> str:
+    return "sm_90" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "sm_80"
+
+
+def arch(device: torch.device) -> str:
+    """The architecture table for `device`; the interpreter (CPU tensors) uses sm_80's."""
+    return _arch(device.index) if device.type == "cuda" else "sm_80"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 dot products use tf32 only where torch's own switch for matrix products allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def alignment(channels: int) -> int:
+    """The largest power of two up to 16 that divides `channels`.
+
+    Kernels take channel counts as units * ALIGN: Triton derives the width of a load from known divisors, and on its own sees
+    only divisibility by 16, which leaves 24, 40 or 72 channels (common in MobileNet) with 2-byte loads.
+    """
+    return math.gcd(channels, 16)
+
+
+def nhwc(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def kernel_order(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight in the memory order the kernels read: (K, K, C) if depthwise, else (Cout, K, K, Cin). Itself, if it is in that order."""
+    order = (2, 3, 0, 1) if weight.shape[1] == 1 and weight.shape[2] > 1 else (0, 2, 3, 1)
+    inverse = [order.index(dim) for dim in range(4)]
+    return weight.permute(order).contiguous().permute(inverse)
+
+
+def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    filled = result if result.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(result, memory_format=torch.channels_last)
+    return result, filled
+
+
+def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes x's GPU the current one: Triton launches on the current device, and a Python kernel gets no device guard from torch."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,80 @@
+"""Pointwise (1x1) convolution, a matrix product over pixels: y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o])."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .configs import Problem, config
+from .epilogue import activate, dot
+
+RUNTIME = ("M", "in_units", "out_units", "o_blocks")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def pointwise_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
+    M, in_units, out_units, o_blocks,
+    ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One program: PIXELS of the M = N*H*W pixels by CHANNELS output channels. x, residual, y: NHWC; w: (Cout, Cin), as torch keeps it."""
+    C = in_units * ALIGN_IN
+    O = out_units * ALIGN_OUT  # noqa: E741
+    # blocks of output channels vary fastest, so that the programs sharing an x tile run together and find it in L2
+    pid = tl.program_id(0)
+    start = (pid // o_blocks).to(tl.int64) * PIXELS
+    m = tl.arange(0, PIXELS)
+    m_mask = m < M - start
+    o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    o_mask = o < O
+    c = tl.arange(0, DEPTH)
+
+    x_tile = x_ptr + start * C + m[:, None] * C + c[None, :]
+    w_tile = w_ptr + o[None, :] * C + c[:, None]
+    acc = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for c0 in range(0, C, DEPTH):
+        c_mask = c < C - c0
+        x = tl.load(x_tile + c0, mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+        w = tl.load(w_tile + c0, mask=c_mask[:, None] & o_mask[None, :], other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o_mask, other=0.0).to(tl.float32)[None, :]
+    offset = m[:, None] * O + o[None, :]
+    mask = m_mask[:, None] & o_mask[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + start * O + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + start * O + offset, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def pointwise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """x (N, Cin, H, W), weight (Cout, Cin, 1, 1), bias (Cout,), residual (N, Cout, H, W); one dtype: float32, float16 or bfloat16.
+
+    Arguments are not checked.
+    """
+    n, in_channels, height, width = x.shape
+    out_channels = weight.shape[0]
+    result, y = launch.outputs(x, (n, out_channels, height, width))
+    if y.numel() == 0:
+        return result
+    x = launch.nhwc(x)
+    precision = launch.precision(x.dtype)
+    dtype = "tf32" if precision == "tf32" else launch.DTYPES[x.dtype]
+    tile = config(Problem("pointwise", dtype, height, width, in_channels, out_channels), launch.arch(x.device))
+    align_in, align_out = launch.alignment(in_channels), launch.alignment(out_channels)
+    pixels, o_blocks = n * height * width, triton.cdiv(out_channels, tile.channels)
+    with launch.on(x):
+        pointwise_kernel[(triton.cdiv(pixels, tile.pixels) * o_blocks,)](
+            x, launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y,
+            pixels, in_channels // align_in, out_channels // align_out, o_blocks,
+            ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, ACTIVATION=activation,
+            PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return result if result is y else result.copy_(y)

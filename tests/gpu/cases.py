@@ -1,0 +1,223 @@
+"""What test_interpreter.py (CPU, Triton's interpreter) and test_device.py (GPU) both check: launchers against float64."""
+
+import pytest
+import torch
+
+from fastconv import reference
+
+DTYPES = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff
+ACTIVATIONS = ("relu", "relu6", "hardswish", "hardsigmoid", "silu")
+STEEPEST = 1.5  # of all activations: hardswish at 3
+
+# N, C, H, W, K, stride, padding, activation, bias
+DEPTHWISE = [
+    (2, 1, 5, 7, 3, (1, 1), (1, 1), "relu", True),
+    (1, 3, 1, 1, 3, (1, 1), (1, 1), None, False),
+    (1, 3, 9, 10, 5, (2, 2), (2, 2), "hardswish", True),
+    (2, 24, 7, 9, 3, (2, 1), (1, 0), "relu6", True),
+    (1, 40, 10, 17, 5, (1, 2), (4, 1), "silu", True),
+    (1, 96, 9, 8, 3, (2, 2), (2, 2), "hardsigmoid", False),
+    (2, 64, 4, 3, 3, (1, 1), (0, 0), None, True),
+]
+# N, Cin, Cout, H, W, activation, bias, residual
+POINTWISE = [
+    (1, 1, 3, 5, 7, None, True, False),
+    (2, 3, 24, 7, 9, "relu", True, True),
+    (1, 24, 96, 9, 11, "relu6", True, False),
+    (3, 40, 24, 5, 5, "hardswish", False, True),
+    (1, 96, 40, 15, 15, "hardsigmoid", True, True),
+    (1, 160, 130, 3, 5, "silu", True, False),
+    (2, 72, 17, 1, 1, "silu", False, False),
+]
+# N, C, E1, E3, H, W, bias
+FIRE_EXPAND = [
+    (1, 1, 3, 1, 5, 7, True),
+    (2, 3, 24, 40, 6, 5, True),
+    (1, 16, 64, 64, 13, 11, True),
+    (2, 24, 8, 96, 7, 3, False),
+    (1, 40, 40, 24, 1, 1, True),
+    (1, 48, 96, 96, 15, 14, True),
+]
+
+
+def launcher(op):
+    import importlib
+
+    return getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)
+
+
+def sentinel(monkeypatch):
+    """Fills every output with NaN before the kernel runs, so that an element it does not write shows."""
+    from fastconv.kernels.gpu import launch
+
+    allocate = launch.outputs
+
+    def filled(x, shape):
+        tensors = allocate(x, shape)
+        for tensor in tensors:
+            tensor.fill_(float("nan"))
+        return tensors
+
+    monkeypatch.setattr(launch, "outputs", filled)
+
+
+def randn(shape, dtype, device, channels_last=False):
+    x = torch.randn(shape).to(dtype).to(device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def double(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def magnitudes(*tensors):
+    return [None if tensor is None else tensor.double().abs() for tensor in tensors]
+
+
+def check(x, y, wanted, magnitude, depth):
+    """y within the bound of `depth` fp32 accumulations of terms that sum to `magnitude`, then one rounding to y's dtype; in x's layout."""
+    assert y.dtype == x.dtype
+    assert y.shape == wanted.shape
+    if y.numel() == 0:
+        return
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    # 4 more operations for the activation itself (whose results are at most 1.5 times the magnitude), 2^-25: half of fp16's smallest step
+    fp32 = (depth + 6) * 2.0**-24
+    bound = STEEPEST * fp32 / (1 - fp32) * (magnitude + 3) + DTYPES[y.dtype] * wanted.abs() * (1 + fp32) + 2.0**-25
+    error = (y.double() - wanted).abs()
+    worst = (error / bound).nan_to_num(nan=float("inf")).max().item()
+    assert worst <= 1, f"error is {worst:.3g} times the bound"
+
+
+def check_depthwise(dtype, device, case, channels_last):
+    n, c, h, w, k, stride, padding, activation, with_bias = case
+    x, weight = randn((n, c, h, w), dtype, device, channels_last), randn((c, 1, k, k), dtype, device)
+    bias = randn((c,), dtype, device) if with_bias else None
+    y = launcher("depthwise")(x, weight, bias, stride, padding, activation)
+    options = dict(stride=stride, padding=padding)
+    wanted = reference.depthwise(*double(x, weight, bias), **options, activation=activation)
+    check(x, y, wanted, reference.depthwise(*magnitudes(x, weight, bias), **options), k * k + 1)
+
+
+def check_pointwise(dtype, device, case, channels_last):
+    n, c, o, h, w, activation, with_bias, with_residual = case
+    x, weight = randn((n, c, h, w), dtype, device, channels_last), randn((o, c, 1, 1), dtype, device)
+    bias = randn((o,), dtype, device) if with_bias else None
+    residual = randn((n, o, h, w), dtype, device, not channels_last) if with_residual else None
+    y = launcher("pointwise")(x, weight, bias, residual, activation)
+    x64, weight64, bias64, residual64 = double(x, weight, bias, residual)
+    wanted = reference.pointwise(x64, weight64, bias64, residual=residual64, activation=activation)
+    x64, weight64, bias64, residual64 = magnitudes(x, weight, bias, residual)
+    check(x, y, wanted, reference.pointwise(x64, weight64, bias64, residual=residual64), c + 2)
+
+
+def check_fire_expand(dtype, device, case, channels_last):
+    n, c, e1, e3, h, w, with_bias = case
+    x = randn((n, c, h, w), dtype, device, channels_last)
+    w1, w3 = randn((e1, c, 1, 1), dtype, device), randn((e3, c, 3, 3), dtype, device)
+    b1, b3 = (randn((e1,), dtype, device), randn((e3,), dtype, device)) if with_bias else (None, None)
+    y = launcher("fire_expand")(x, w1, b1, w3, b3)
+    # magnitudes are not negative, so the reference's relu leaves them
+    check(x, y, reference.fire_expand(*double(x, w1, b1, w3, b3)), reference.fire_expand(*magnitudes(x, w1, b1, w3, b3)), 9 * c + 1)
+
+
+def check_nan(device, activation):
+    """NaN, infinities and the activations' corners come out as ATen has them."""
+    values = torch.tensor([float("nan"), float("inf"), float("-inf"), -4.0, -3.0, -1.0, -0.0, 0.0, 2.0, 3.0, 6.0, 7.0], device=device)
+    x = values.view(1, 1, 3, 4)
+    y = launcher("pointwise")(x, torch.ones(1, 1, 1, 1, device=device), None, None, activation)
+    torch.testing.assert_close(y, reference.ACTIVATIONS[activation](x), equal_nan=True)
+
+
+def check_nan_stays_local(device):
+    """A NaN pixel reaches exactly the outputs whose window holds it, and a NaN weight exactly its channel."""
+    x = torch.ones(1, 3, 6, 6, device=device)
+    x[0, 1, 2, 2] = float("nan")
+    y = launcher("depthwise")(x, torch.ones(3, 1, 3, 3, device=device), None, (1, 1), (1, 1), "relu")
+    wanted = torch.zeros_like(y, dtype=torch.bool)
+    wanted[0, 1, 1:4, 1:4] = True
+    assert torch.equal(y.isnan(), wanted)
+    one, three = torch.ones(2, 3, 1, 1, device=device), torch.ones(2, 3, 3, 3, device=device)
+    one[1, 0] = float("nan")
+    y = launcher("fire_expand")(x.nan_to_num(1.0), one, None, three, None)
+    assert torch.equal(y.isnan().flatten(2).all(2), torch.tensor([[False, True, False, False]], device=device))
+    assert y.isnan().sum() == 36
+
+
+def check_empty(dtype, device):
+    x = torch.empty(0, 24, 8, 8, dtype=dtype, device=device)
+    ones = {k: torch.ones(24, 1 if k == 5 else 24, k, k, dtype=dtype, device=device) for k in (1, 3, 5)}
+    assert launcher("depthwise")(x, ones[5], None, (2, 2), (2, 2)).shape == (0, 24, 4, 4)
+    assert launcher("pointwise")(x, ones[1]).shape == (0, 24, 8, 8)
+    assert launcher("fire_expand")(x, ones[1], None, ones[3], None).shape == (0, 48, 8, 8)
+
+
+def check_weight_order(device):
+    """A weight laid out by kernel_order gives the same bits, and is not copied again."""
+    from fastconv.kernels.gpu import launch
+
+    x = torch.randn(1, 24, 6, 6, device=device)
+    for op, shape in (("depthwise", (24, 1, 3, 3)), ("depthwise", (24, 1, 5, 5)), ("pointwise", (8, 24, 1, 1)), ("pointwise", (8, 1, 1, 1))):
+        weight = torch.randn(shape, device=device)
+        ordered = launch.kernel_order(weight)
+        assert torch.equal(ordered, weight)
+        assert launch.kernel_order(ordered).data_ptr() == ordered.data_ptr()
+        image = x if shape[1] != 1 or op == "depthwise" else x[:, :1]
+        assert torch.equal(launcher(op)(image, ordered), launcher(op)(image, weight))
+
+
+def check_batch_invariance(dtype, device):
+    """An image gives the same bits alone and in a batch."""
+    x = randn((3, 40, 9, 9), dtype, device, channels_last=True)
+    weights = {"depthwise": (40, 1, 3, 3), "pointwise": (96, 40, 1, 1)}
+    for op, shape in weights.items():
+        weight = randn(shape, dtype, device)
+        assert torch.equal(launcher(op)(x, weight)[1:2], launcher(op)(x[1:2].contiguous(memory_format=torch.channels_last), weight))
+    w1, w3 = randn((24, 40, 1, 1), dtype, device), randn((24, 40, 3, 3), dtype, device)
+    expand = launcher("fire_expand")
+    assert torch.equal(expand(x, w1, None, w3, None)[2:], expand(x[2:].contiguous(memory_format=torch.channels_last), w1, None, w3, None))
+
+
+class Checks:
+    """The tests themselves, for a subclass that says where (`device`) and has a fixture `dtype`."""
+
+    device: str
+
+    @pytest.fixture(autouse=True)
+    def _seed(self):
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+    @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+    def test_depthwise(self, dtype, case, channels_last, monkeypatch):
+        sentinel(monkeypatch)
+        check_depthwise(dtype, self.device, case, channels_last)
+
+    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+    @pytest.mark.parametrize("case", POINTWISE, ids=str)
+    def test_pointwise(self, dtype, case, channels_last, monkeypatch):
+        sentinel(monkeypatch)
+        check_pointwise(dtype, self.device, case, channels_last)
+
+    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+    @pytest.mark.parametrize("case", FIRE_EXPAND, ids=str)
+    def test_fire_expand(self, dtype, case, channels_last, monkeypatch):
+        sentinel(monkeypatch)
+        check_fire_expand(dtype, self.device, case, channels_last)
+
+    @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+    def test_corners_of_activations(self, activation):
+        check_nan(self.device, activation)
+
+    def test_nan_stays_local(self):
+        check_nan_stays_local(self.device)
+
+    def test_empty_batch(self, dtype):
+        check_empty(dtype, self.device)
+
+    def test_weight_order(self):
+        check_weight_order(self.device)
+
+    def test_batch_invariance(self, dtype):
+        check_batch_invariance(dtype, self.device)
