@@ -2,7 +2,7 @@
 # A checkout's Python finds the compiled extension and the Triton kernels of an installed wheel.
 __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 
-from fastconv import _extension, ops, reference
+from fastconv import ops, reference
 
 __all__ = ["ops", "reference"]
 __version__ = "0.1.0"

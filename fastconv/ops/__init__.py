@@ -5,7 +5,8 @@
 import torch
 
 from fastconv import _extension
-from fastconv.ops import _packed  # noqa: F401  (registers the packed operators' fake kernels)
+from fastconv.ops import _cuda
+from fastconv.ops import _packed as _packed  # registers the packed operators' fake kernels
 from fastconv.ops._prepared import Prepared
 from fastconv.ops.depthwise import depthwise, prepare_depthwise
 from fastconv.ops.fire import fire, prepare_fire
@@ -41,6 +42,4 @@ __all__ = [
 ]
 
 if _extension.backend() == "triton" or (_extension.backend() == "auto" and torch.cuda.is_available()):
-    from fastconv.ops import _cuda
-
     _cuda.register()

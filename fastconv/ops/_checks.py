@@ -68,11 +68,11 @@ def _residual(op: str, residual: Tensor | None, x: Tensor, shape: Shape) -> None
 
 
 def _window(
-    op: str, shape: Shape, channels: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool = False
+    op: str, shape: Shape, channels: int, kernel: tuple, stride: tuple, padding: tuple, ceil_mode: bool = False
 ) -> Shape:
     """The output's shape for a window sliding over an image of the given shape."""
     size = []
-    for extent, k, s, p in zip(shape[2:], kernel, stride, padding):
+    for extent, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True):
         out = (extent + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
         size.append(out - 1 if ceil_mode and (out - 1) * s >= extent + p else out)  # the last window must start inside the image
     if size[0] < 1 or size[1] < 1:
@@ -100,7 +100,7 @@ def _dense(op: str, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None
     return shape[0], weight.shape[0], shape[2], shape[3]
 
 
-def _expand(op: str, shape: Shape, x: Tensor, weight1x1: Tensor, bias1x1: Tensor | None, weight3x3: Tensor, bias3x3: Tensor | None) -> Shape:
+def _expand(op: str, shape: Shape, x: Tensor, weight1x1, bias1x1, weight3x3, bias3x3) -> Shape:
     one = _dense(op, shape, x, weight1x1, bias1x1, 1, ("weight1x1", "bias1x1"))
     three = _dense(op, shape, x, weight3x3, bias3x3, 3, ("weight3x3", "bias3x3"))
     return shape[0], one[1] + three[1], shape[2], shape[3]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastconv import _extension
+from fastconv.ops import _cuda
 from fastconv.ops._coverage import uncovered
 from fastconv.ops._register import has_cpu_kernel, overload
 
@@ -14,7 +15,7 @@ from fastconv.ops._register import has_cpu_kernel, overload
 class Prepared:
     """`prepared(x)` is `op(x, *args)`: packed weights where the compiled kernels cover the layer, plain ones elsewhere. Picklable."""
 
-    __slots__ = ("op", "args", "label")
+    __slots__ = ("args", "label", "op")
 
     def __init__(self, op: Callable[..., Tensor], args: tuple, label: str) -> None:
         self.op, self.args, self.label = op, args, label
@@ -50,10 +51,6 @@ class PreparedResidual(Prepared):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.op(x, *self.args, residual, *self.after)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return super().tensors
-
     def __reduce__(self):
         restore, args = super().__reduce__()
         return restore, (*args, self.after)
@@ -69,7 +66,6 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
     name: the operator; packed: the compiled operator that would run, where that is not the operator itself.
     """
     backend = _extension.backend()
-    weights = [value for value in arguments.values() if isinstance(value, Tensor)]
     if backend == "aten":
         return False, "ATen (FASTCONV_BACKEND=aten)"
     if backend != "triton" and has_cpu_kernel(packed or name):
@@ -80,8 +76,10 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
             raise RuntimeError(f"{name}: FASTCONV_BACKEND=cpu does not cover {why}")
     else:
         why = "no compiled kernel"
-    if backend == "triton" or (weights and weights[0].device.type == "cuda" and has_triton_kernel()):
-        return False, f"{name} triton"
+    if backend == "triton" or has_triton_kernel():
+        why = _without_triton(name, **arguments) if backend == "triton" or why.endswith("cuda") else why
+        if why is None:
+            return False, f"{name} triton"
     return False, f"ATen ({why})"
 
 
@@ -89,5 +87,31 @@ def has_triton_kernel() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
 
 
-def bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _without_triton(name: str, stride=None, padding=None, **arguments) -> str | None:
+    if name in ("stem", "max_pool", "global_avg_pool"):
+        return "no Triton kernel"
+    weights = {key: value for key, value in arguments.items() if value is not None and "weight" in key}
+    weight = weights["depthwise_weight"] if "depthwise_weight" in weights else next(iter(weights.values()))
+    return _cuda.uncovered(weight, weight, stride, padding)
+
+
+def arrange(label: str, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Plain weights and biases as the kernel behind the label reads them without a copy on each call."""
+    if not label.endswith("triton"):
+        return weights
+    from fastconv.kernels.gpu.launch import kernel_order
+
+    return tuple(kernel_order(weight) if weight is not None and weight.dim() == 4 else weight for weight in weights)
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(panels, bias) as the packed operators take them; pack_depthwise gives (taps, bias)."""
+    return torch.ops.fastconv.pack_panels(weight), _bias_or_zeros(weight, bias)
+
+
+def pack_depthwise(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.ops.fastconv.pack_taps(weight), _bias_or_zeros(weight, bias)
+
+
+def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()

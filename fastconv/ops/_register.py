@@ -3,7 +3,6 @@
 The dispatcher is the only switch. Below autograd and autocast it picks, per device: the compiled kernel (CPU), the Triton kernel
 (CUDA), or the CompositeExplicitAutograd kernel registered here. A forced backend replaces these kernels, never the callers.
 """
-import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from fastconv import _extension, reference
-from fastconv.ops import _checks, _coverage, _schemas
+from fastconv.ops import _checks, _coverage, _cuda, _schemas
 
 library = torch.library.Library("fastconv", "FRAGMENT")
 if not _extension.available:
     _schemas.define(library)
-
-TRITON = ("depthwise", "pointwise", "fire_expand")  # the operators with a Triton kernel of their own
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -32,7 +29,7 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 
 def has_cpu_kernel(name: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{name}", "CPU")
+    return _extension.available and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{name}", "CPU")
 
 
 def register(name: str, composite: Callable[..., Tensor] | None = None, autocast: bool = True) -> Callable[..., Tensor]:
@@ -47,7 +44,7 @@ def register(name: str, composite: Callable[..., Tensor] | None = None, autocast
     output_shape = getattr(_checks, name)
 
     def bind(args: tuple) -> dict:
-        return defaults | dict(zip(parameters, args))  # the dispatcher drops trailing arguments that equal their default
+        return defaults | dict(zip(parameters, args, strict=False))  # the dispatcher drops trailing arguments that equal their default
 
     def kernel(*args):
         bound = bind(args)
@@ -84,12 +81,7 @@ def _register_kernels(op: torch._ops.OpOverload, name: str, kernel: Callable, bi
     def interpret(*args):
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"{name}: FASTCONV_BACKEND=triton runs CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
-        if name not in TRITON:
-            return kernel(*args)
-        launcher = getattr(importlib.import_module(f"fastconv.kernels.gpu.{name}"), name)
-        bound = bind(args)
-        _checks.__dict__[name](**bound)
-        return launcher(**bound)
+        return getattr(_cuda, name)(*args) if hasattr(_cuda, name) else kernel(*args)
 
     with warnings.catch_warnings():  # torch warns that a kernel is replaced: that is what was asked for
         warnings.simplefilter("ignore", UserWarning)
@@ -115,12 +107,12 @@ def _register_autograd(name: str, specification: Callable[[tuple], Tensor]) -> N
         ctx.constants = tuple(None if isinstance(value, Tensor) else value for value in inputs)
 
     def backward(ctx, grad):
-        values = [constant if saved is None else saved for saved, constant in zip(ctx.saved_tensors, ctx.constants)]
+        values = [constant if saved is None else saved for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
         def forward(*tensors):
             args = list(values)
-            for i, tensor in zip(wanted, tensors):
+            for i, tensor in zip(wanted, tensors, strict=True):
                 args[i] = tensor
             return specification(args)
 

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, bias_or_zeros, choose
+from fastconv.ops._prepared import Prepared, arrange, choose, pack
 from fastconv.ops._register import overload, register
 
 
@@ -43,12 +43,16 @@ def prepare_fire(
     bias3x3: Tensor | None,
 ) -> Prepared:
     """Binds `fire` to its weights: returns call(x)."""
-    plain = (squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
-    names = ("squeeze_weight", "squeeze_bias", "weight1x1", "bias1x1", "weight3x3", "bias3x3")
-    compiled, label = choose("fire", "fire_packed", **dict(zip(names, plain)))
+    weights = {
+        "squeeze_weight": squeeze_weight,
+        "squeeze_bias": squeeze_bias,
+        "weight1x1": weight1x1,
+        "bias1x1": bias1x1,
+        "weight3x3": weight3x3,
+        "bias3x3": bias3x3,
+    }
+    compiled, label = choose("fire", "fire_packed", **weights)
     if not compiled:
-        return Prepared(overload("fire"), plain, label)
-    args = []
-    for weight, bias in zip(plain[::2], plain[1::2]):
-        args += [torch.ops.fastconv.pack_panels(weight), bias_or_zeros(weight, bias)]
-    return Prepared(overload("fire_packed"), tuple(args), label)
+        return Prepared(overload("fire"), arrange(label, *weights.values()), label)
+    args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3))
+    return Prepared(overload("fire_packed"), args, label)

@@ -1,8 +1,7 @@
-import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, bias_or_zeros, choose
+from fastconv.ops._prepared import Prepared, arrange, choose, pack
 from fastconv.ops._register import overload, register
 
 _fire_expand = register("fire_expand")
@@ -25,7 +24,5 @@ def prepare_fire_expand(weight1x1: Tensor, bias1x1: Tensor | None, weight3x3: Te
     weights = {"weight1x1": weight1x1, "bias1x1": bias1x1, "weight3x3": weight3x3, "bias3x3": bias3x3}
     compiled, label = choose("fire_expand", "fire_expand_packed", **weights)
     if not compiled:
-        return Prepared(overload("fire_expand"), tuple(weights.values()), label)
-    pack = torch.ops.fastconv.pack_panels
-    args = (pack(weight1x1), bias_or_zeros(weight1x1, bias1x1), pack(weight3x3), bias_or_zeros(weight3x3, bias3x3))
-    return Prepared(overload("fire_expand_packed"), args, label)
+        return Prepared(overload("fire_expand"), arrange(label, *weights.values()), label)
+    return Prepared(overload("fire_expand_packed"), (*pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3)), label)

@@ -17,6 +17,6 @@ def global_avg_pool(x: Tensor) -> Tensor:
     return _global_avg_pool(x)
 
 
-def prepare_global_avg_pool() -> Prepared:
-    """`global_avg_pool` as a prepared kernel: returns call(x)."""
-    return Prepared(overload("global_avg_pool"), (), choose("global_avg_pool")[1])
+def prepare_global_avg_pool(*, like: Tensor | None = None) -> Prepared:
+    """`global_avg_pool` as a prepared kernel: returns call(x). like: a tensor of the dtype and device to come, for `kernel` to name."""
+    return Prepared(overload("global_avg_pool"), (), choose("global_avg_pool", like=like)[1])

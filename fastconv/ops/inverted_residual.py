@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedResidual, bias_or_zeros, choose
+from fastconv.ops._prepared import PreparedResidual, arrange, choose, pack, pack_depthwise
 from fastconv.ops._register import overload, register
 
 
@@ -41,7 +41,8 @@ def inverted_residual(
     """
     stride, padding = _checks.stride_padding("inverted_residual", stride, padding)
     args = (
-        x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride, padding, activation, residual,
+        x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+        stride, padding, activation, residual,
     )  # fmt: skip
     _checks.inverted_residual(*args)
     return _inverted_residual(*args)
@@ -80,24 +81,15 @@ def prepare_inverted_residual(
         "project_weight": project_weight,
         "project_bias": project_bias,
     }
-    gates = {f"squeeze_excite{i}": tensor for i, tensor in enumerate(gate_weights)}
+    gates = {f"squeeze_excite_{i}": tensor for i, tensor in enumerate(gate_weights)}
     compiled, label = choose("inverted_residual", "inverted_residual_packed", **weights, **gates, stride=stride, padding=padding)
     if not compiled:
-        expand, depthwise, project = [(weight, bias) for weight, bias in zip(*[iter(weights.values())] * 2)]
-        return PreparedResidual(_block, (*expand, *depthwise, gate_weights, *project), label, after)
-    pack = torch.ops.fastconv.pack_panels
-    expand = (None, None) if expand_weight is None else (pack(expand_weight), bias_or_zeros(expand_weight, expand_bias))
-    packed_gate = []
-    for weight, bias in zip(gate_weights[::2], gate_weights[1::2]):
-        packed_gate += [pack(weight), bias_or_zeros(weight, bias)]
-    args = (
-        *expand,
-        torch.ops.fastconv.pack_taps(depthwise_weight),
-        bias_or_zeros(depthwise_weight, depthwise_bias),
-        packed_gate,
-        pack(project_weight),
-        bias_or_zeros(project_weight, project_bias),
-    )
+        expand_weight, expand_bias, *depthwise, project_weight, project_bias = arrange(label, *weights.values())
+        gate = list(arrange(label, *gate_weights))
+        return PreparedResidual(_block, (expand_weight, expand_bias, *depthwise, gate, project_weight, project_bias), label, after)
+    expand = (None, None) if expand_weight is None else pack(expand_weight, expand_bias)
+    gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
+    args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *pack(project_weight, project_bias))
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)
 
 

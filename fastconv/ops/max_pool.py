@@ -19,7 +19,7 @@ def max_pool(x: Tensor, *, stride: int | tuple[int, int] = 2, padding: int | tup
     return _max_pool(x, stride, padding, ceil_mode)
 
 
-def prepare_max_pool(stride, padding, ceil_mode: bool) -> Prepared:
-    """Binds `max_pool` to its options: returns call(x)."""
+def prepare_max_pool(stride, padding, ceil_mode: bool, *, like: Tensor | None = None) -> Prepared:
+    """Binds `max_pool` to its options: returns call(x). like: a tensor of the dtype and device to come, for `kernel` to name."""
     stride, padding = _checks.stride_padding("max_pool", stride, padding)
-    return Prepared(overload("max_pool"), (stride, padding, ceil_mode), choose("max_pool")[1])
+    return Prepared(overload("max_pool"), (stride, padding, ceil_mode), choose("max_pool", like=like)[1])

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedResidual, bias_or_zeros, choose
+from fastconv.ops._prepared import Prepared, PreparedResidual, arrange, choose, pack
 from fastconv.ops._register import overload, register
 from fastconv.reference import ACTIVATIONS
 
@@ -29,9 +29,8 @@ def prepare_pointwise(weight: Tensor, bias: Tensor | None, *, activation: str | 
     """Binds `pointwise` to its weights: returns call(x, residual=None)."""
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
-        return PreparedResidual(overload("pointwise"), (weight, bias), label, (activation,))
-    args = (torch.ops.fastconv.pack_panels(weight), bias_or_zeros(weight, bias))
-    return PreparedResidual(overload("pointwise_packed"), args, label, (activation,))
+        return PreparedResidual(overload("pointwise"), arrange(label, weight, bias), label, (activation,))
+    return PreparedResidual(overload("pointwise_packed"), pack(weight, bias), label, (activation,))
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None, *, activation: str | None) -> Prepared:
@@ -39,8 +38,7 @@ def prepare_linear(weight: Tensor, bias: Tensor | None, *, activation: str | Non
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
         return Prepared(_linear, (weight, bias, activation), label if label.startswith("ATen") else "ATen (linear)")
-    args = (torch.ops.fastconv.pack_panels(weight[:, :, None, None]), bias_or_zeros(weight, bias), activation)
-    return Prepared(_linear_packed, args, label)
+    return Prepared(_linear_packed, (*pack(weight[:, :, None, None], bias), activation), label)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedResidual, bias_or_zeros, choose
+from fastconv.ops._prepared import PreparedResidual, arrange, choose, pack, pack_depthwise
 from fastconv.ops._register import overload, register
 
 
@@ -57,19 +57,16 @@ def prepare_separable(
 ) -> PreparedResidual:
     """Binds `separable` to its weights: returns call(x, residual=None)."""
     stride, padding = _checks.stride_padding("separable", stride, padding)
-    plain = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
-    names = ("depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias")
-    compiled, label = choose("separable", "inverted_residual_packed", **dict(zip(names, plain)), stride=stride, padding=padding)
+    weights = {
+        "depthwise_weight": depthwise_weight,
+        "depthwise_bias": depthwise_bias,
+        "pointwise_weight": pointwise_weight,
+        "pointwise_bias": pointwise_bias,
+    }
+    compiled, label = choose("separable", "inverted_residual_packed", **weights, stride=stride, padding=padding)
     if not compiled:
-        return PreparedResidual(overload("separable"), (*plain, stride, padding, depthwise_activation, activation), label, ())
-    args = (
-        None,
-        None,
-        torch.ops.fastconv.pack_taps(depthwise_weight),
-        bias_or_zeros(depthwise_weight, depthwise_bias),
-        [],
-        torch.ops.fastconv.pack_panels(pointwise_weight),
-        bias_or_zeros(pointwise_weight, pointwise_bias),
-    )
+        args = (*arrange(label, *weights.values()), stride, padding, depthwise_activation, activation)
+        return PreparedResidual(overload("separable"), args, label, ())
+    args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *pack(pointwise_weight, pointwise_bias))
     after = (stride, padding, None, depthwise_activation, None, None, activation)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)

@@ -1,8 +1,7 @@
-import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, bias_or_zeros, choose
+from fastconv.ops._prepared import Prepared, choose, pack
 from fastconv.ops._register import overload, register
 
 _stem = register("stem")
@@ -35,6 +34,5 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activa
     compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias)
     if not compiled:
         return Prepared(overload("stem"), (weight, bias, stride, padding, activation), label)
-    panels = torch.ops.fastconv.pack_panels(weight)
-    args = (panels, bias_or_zeros(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)
+    args = (*pack(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)
     return Prepared(overload("stem_packed"), args, label)
