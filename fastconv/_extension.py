@@ -26,10 +26,6 @@ def _requested_backend() -> str:
 def _load() -> str | None:
     """Imports fastconv._C, which registers the operators. Returns why it could not, or None."""
     try:
-        import importlib.util, pathlib  # noqa: E401  TEMPORARY: until the rebuilt extension has the schemas of today
-        spec = importlib.util.find_spec("fastconv._C")
-        if spec and spec.origin and b"bias=None, *, Tensor? residual" in pathlib.Path(spec.origin).read_bytes():
-            return "it is older than its schemas"
         import fastconv._C  # noqa: F401
     except ModuleNotFoundError:
         return "it was not built"
