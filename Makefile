@@ -68,7 +68,7 @@ $(VENV)/.dev: $(VENV)/.created requirements/constraints.txt requirements/dev.txt
 # GPU: in .venv as everything else, or in the Python named on the command line (make gpu PYTHON=python3), which then must have torch,
 # triton and pytest; nothing is installed into it: the package is staged in build/gpu, and without a compiler only Triton runs.
 ifeq ($(origin PYTHON),command line)
-GPU_PYTHON = PYTHONPATH=build/gpu $(PYTHON)
+GPU_PYTHON = PYTHONPATH="$(CURDIR):$(CURDIR)/build/gpu" $(PYTHON)
 GPU_READY = build/gpu/.staged
 else
 GPU_PYTHON = $(BIN)/python

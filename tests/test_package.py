@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ VERSION = re.search(r'^version = "(.+)"', PYPROJECT, re.MULTILINE).group(1)
 # An editable installation of this checkout finds fastconv wherever Python runs; these tests are about the copy on PYTHONPATH.
 WITHOUT_CHECKOUT = """
 import sys
+import sysconfig
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 sys.path[:] = [entry for entry in sys.path if "__editable__" not in entry]
 """
@@ -187,3 +190,18 @@ def test_ci_runs_the_command_that_the_readme_names():
     assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_the_toolchain_check_names_what_is_missing(monkeypatch):
+    missing = runpy.run_path(str(ROOT / "requirements/check.py"))["missing"]
+    assert missing() is None
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert "no C++ compiler (no-such-compiler not found): install g++" in missing()
+    monkeypatch.setenv("CXX", "false")
+    assert "false does not compile C++20" in missing()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    assert "Python's headers are missing (no /nowhere/Python.h)" in missing()
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "venv module is missing" in missing()
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    assert "is Python 3.9: install Python 3.10 or later" in missing()
