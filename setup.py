@@ -15,13 +15,15 @@ ISA_FLAGS = {
     "x86_64": {
         "scalar": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512",
+                   # gcc 12 warns of its own _mm512_max_ps
+                   "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     },
     "aarch64": {"scalar": [], "neon": []},
 }
 ISAS = ISA_FLAGS.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()), {"scalar": []})
 
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 # Contraction gives every acc += x * w one FMA; no other fast-math, so NaN, Inf and -0 behave as in ATen.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]

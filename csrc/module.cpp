@@ -1,3 +1,53 @@
-// fastconv._C: importing it registers the operators.
+// fastconv._C: importing it registers the operators; its functions tell which kernels run.
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) { m.doc() = "fastconv's compiled kernels"; }
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// One row per micro-kernel: what it computes and the largest register tile it uses on the active ISA.
+std::vector<py::dict> kernel_table() {
+  const fastconv::Kernels& active = fastconv::kernels();
+  std::vector<py::dict> rows;
+  for (const fastconv::KernelInfo& info : active.info) {
+    py::dict row;
+    row["op"] = info.op;
+    row["dtype"] = "float32";
+    row["tile"] = info.tile;
+    row["isa"] = active.isa;
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["flags"] = FASTCONV_CXX_FLAGS;
+  info["isas"] = fastconv::compiled_isas();
+  info["torch_target"] = "2.10";
+  info["python"] = PY_VERSION;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastconv's compiled kernels";
+  fastconv::choose_isa();
+  m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
+  m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
+  m.def("set_isa", &fastconv::set_isa, py::arg("name"), "Switches the instruction set; for tests. Raises ValueError on an unknown or unsupported name.");
+  m.def("kernels", &kernel_table, "The active kernels: dicts of op, dtype, tile and isa.");
+  m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
+}

@@ -1,0 +1,48 @@
+#include "csrc/aten.h"
+
+#include <array>
+
+namespace fastconv::aten {
+
+namespace {
+
+template <class... Args>
+Tensor call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride, const Ints& padding, int64_t groups) {
+  return call("aten::convolution", "", x, weight, bias, stride, padding, Ints{1, 1}, false, Ints{0, 0}, groups);
+}
+
+Tensor activate(const Tensor& x, const OptionalString& activation) {
+  return activation ? call(("aten::" + *activation).c_str(), "", x) : x;
+}
+
+Tensor add(const Tensor& x, const Tensor& y) { return call("aten::add", "Tensor", x, y, 1.0); }
+
+Tensor cat_channels(const Tensor& x, const Tensor& y) { return call("aten::cat", "", std::vector<Tensor>{x, y}, int64_t{1}); }
+
+Tensor max_pool(const Tensor& x, const Ints& stride, const Ints& padding, bool ceil_mode) {
+  return call("aten::max_pool2d", "", x, Ints{3, 3}, stride, padding, Ints{1, 1}, ceil_mode);
+}
+
+Tensor global_avg_pool(const Tensor& x) { return call("aten::adaptive_avg_pool2d", "", x, Ints{1, 1}); }
+
+Tensor formatted_like(const Tensor& result, const Tensor& x) {
+  const bool channels_last = is_channels_last(x) && !x.is_contiguous();
+  return torch::stable::contiguous(result, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor conv_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride, const Ints& padding, int64_t groups,
+                const OptionalString& activation, const OptionalTensor& residual) {
+  Tensor y = conv(x, weight, bias, stride, padding, groups);
+  if (residual) y = add(y, *residual);
+  return activate(y, activation);
+}
+
+}  // namespace fastconv::aten

@@ -1,0 +1,169 @@
+#include "csrc/tensor.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/cpu/pack.h"
+
+namespace fastconv {
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << (tensor.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+Activation parse_activation(const char* op, const char* argument, const OptionalString& name) {
+  if (!name) return Activation::none;
+  if (*name == "relu") return Activation::relu;
+  if (*name == "relu6") return Activation::relu6;
+  if (*name == "hardswish") return Activation::hardswish;
+  if (*name == "hardsigmoid") return Activation::hardsigmoid;
+  if (*name == "silu") return Activation::silu;
+  if (*name == "sigmoid" && std::strcmp(argument, "gate_activation") == 0) return Activation::sigmoid;
+  check(false, op, argument, " must be None, 'relu', 'relu6', 'hardswish', 'hardsigmoid' or 'silu', got '", *name, "'");
+  return Activation::none;
+}
+
+void check_pair(const char* op, const char* argument, const Ints& pair, int64_t least) {
+  check(pair.size() == 2, op, argument, " must be an int or a pair, got ", pair.size(), " numbers");
+  check(pair[0] >= least && pair[1] >= least, op, argument, " must be at least ", least, ", got (", pair[0], ", ", pair[1], ")");
+  constexpr int64_t most = int64_t{1} << 31;
+  check(pair[0] < most && pair[1] < most, op, argument, " must be below 2^31, got (", pair[0], ", ", pair[1], ")");
+}
+
+void check_image(const char* op, const Tensor& x) {
+  check(x.dim() == 4, op, "x must be (N, C, H, W), got ", shape_of(x));
+  check(x.is_cpu(), op, "x must be on the CPU");
+  check(x.layout() == Layout::Strided, op, "x must be a dense tensor");
+}
+
+void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x) {
+  check(tensor.scalar_type() == x.scalar_type(), op, argument, " must be ", dtype_name(x.scalar_type()), " like x, got ",
+        dtype_name(tensor.scalar_type()));
+  check(tensor.is_cpu(), op, argument, " must be on the CPU like x");
+}
+
+void check_bias(const char* op, const char* argument, const OptionalTensor& bias, int64_t channels, const Tensor& x) {
+  if (!bias) return;
+  check(bias->dim() == 1 && bias->size(0) == channels, op, argument, " must be (", channels, ",), got ", shape_of(*bias));
+  check_like(op, argument, *bias, x);
+}
+
+void check_pointwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t in_channels, const Tensor& x) {
+  const bool fits = weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == in_channels && weight.size(2) == 1 && weight.size(3) == 1;
+  check(fits, op, argument, " must be (Cout, ", in_channels, ", 1, 1), got ", shape_of(weight));
+  check_like(op, argument, weight, x);
+}
+
+void check_depthwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t channels, const Tensor& x) {
+  const bool fits = weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && (weight.size(2) == 3 || weight.size(2) == 5);
+  check(fits, op, argument, " must be (C, 1, 3, 3) or (C, 1, 5, 5), got ", shape_of(weight));
+  check(weight.size(0) == channels, op, argument, " must have x's ", channels, " channels, got ", shape_of(weight));
+  check_like(op, argument, weight, x);
+}
+
+int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+  check(size + 2 * padding >= kernel, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding, " is below the kernel's ", kernel);
+  return (size + 2 * padding - kernel) / stride + 1;
+}
+
+namespace {
+
+std::string backend() {
+  const char* disable = std::getenv("FASTCONV_DISABLE");
+  if (disable && std::string(disable) == "1") return "aten";
+  const char* name = std::getenv("FASTCONV_BACKEND");
+  return name ? name : "";
+}
+
+// Read once: the environment is the process's, not the call's.
+const std::string BACKEND = backend();
+
+}  // namespace
+
+bool covered(const char* op, const Tensor& x) {
+  const bool fits = x.scalar_type() == ScalarType::Float && BACKEND != "aten";
+  check(fits || BACKEND != "cpu", op, "FASTCONV_BACKEND=cpu serves float32 only, got ", dtype_name(x.scalar_type()));
+  return fits;
+}
+
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return x.numel() == 0;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+Image::Image(const Tensor& x)
+    : tensor(is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)),
+      n(x.size(0)), c(x.size(1)), h(x.size(2)), w(x.size(3)),
+      data(fastconv::data(tensor)) {}
+
+Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output)
+    : tensor_(x), convert_(false) {
+  const bool channels_last = output == Output::channels_last || (is_channels_last(x) && !x.is_contiguous());
+  const bool same_order = c == 1 || h * w == 1;  // both formats are one order in memory
+  convert_ = !channels_last && !same_order;
+  const Ints shape{n, c, h, w};
+  tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                                 channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor Result::done() const { return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }
+
+Tensor floats(const Ints& shape) { return torch::stable::empty(shape, ScalarType::Float); }
+
+Tensor zeros(int64_t count) {
+  Tensor tensor = floats({count});
+  std::memset(tensor.mutable_data_ptr(), 0, count * sizeof(float));
+  return tensor;
+}
+
+Tensor pack_panels(const Tensor& weight) {
+  check(weight.dim() == 4, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of(weight));
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
+  Tensor panels = floats({panels_for(out_channels), taps * in_channels, PANEL});
+  pack_panels(data(dense), out_channels, in_channels, taps, static_cast<float*>(panels.mutable_data_ptr()));
+  return panels;
+}
+
+Tensor pack_taps(const Tensor& weight) {
+  check(weight.dim() == 4 && weight.size(1) == 1, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of(weight));
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
+  Tensor packed = floats({taps, channels});
+  pack_taps(data(dense), channels, taps, static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? torch::stable::contiguous(*bias) : zeros(channels); }
+
+Parallel parallel() {
+  const auto loop = [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
+    if (count == 1) return body(context, 0, 1);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return {torch::stable::get_num_threads(), loop};
+}
+
+}  // namespace fastconv

@@ -1,0 +1,92 @@
+// What every binding needs: checks that name the op and the argument, channels-innermost images, allocation, activation names.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/blocks.h"
+
+namespace fastconv {
+
+using torch::headeronly::Layout;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalString = std::optional<std::string>;
+
+// Throws "op: message" unless the condition holds.
+template <class... Parts>
+void check(bool condition, const char* op, const Parts&... parts) {
+  if (condition) [[likely]] return;
+  std::ostringstream text;
+  text << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_of(const Tensor& tensor);  // "(1, 3, 224, 224)"
+const char* dtype_name(ScalarType dtype);
+
+Activation parse_activation(const char* op, const char* argument, const OptionalString& name);
+
+// int[2] arguments: both within [least, ...].
+void check_pair(const char* op, const char* argument, const Ints& pair, int64_t least);
+void check_image(const char* op, const Tensor& x);                                             // 4-D, dense, on the CPU
+void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x);  // same dtype and device
+void check_bias(const char* op, const char* argument, const OptionalTensor& bias, int64_t channels, const Tensor& x);
+// Weight (Cout, Cin, 1, 1) for inputs of Cin channels.
+void check_pointwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t in_channels, const Tensor& x);
+void check_depthwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t channels, const Tensor& x);
+// Output size of a convolution or pooling window along one axis; throws if no output pixel is left.
+int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding);
+
+// fp32 on the CPU is what the kernels serve; FASTCONV_BACKEND=aten turns them off, =cpu makes anything else an error.
+bool covered(const char* op, const Tensor& x);
+
+bool is_channels_last(const Tensor& x);
+
+// A dense image with channels innermost; owns a converted copy if x is not one already.
+struct Image {
+  Tensor tensor;
+  int64_t n, c, h, w;
+  const float* data;
+  explicit Image(const Tensor& x);
+};
+
+enum class Output { like_input, channels_last };
+
+// The kernels write channels innermost; done() returns the result in the asked memory format: the input's for public operators, always
+// channels_last for packed ones.
+class Result {
+ public:
+  Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output);
+  float* data() { return static_cast<float*>(tensor_.mutable_data_ptr()); }
+  Tensor done() const;
+
+ private:
+  Tensor tensor_;
+  bool convert_;
+};
+
+Tensor floats(const Ints& shape);  // uninitialised fp32
+Tensor zeros(int64_t count);
+inline const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+// Weights packed for one call, or views of ones packed before.
+Tensor pack_panels(const Tensor& weight);
+Tensor pack_taps(const Tensor& weight);
+Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels);
+
+// torch's thread pool.
+Parallel parallel();
+
+}  // namespace fastconv

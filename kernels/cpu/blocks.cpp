@@ -1,0 +1,339 @@
+#include "kernels/cpu/blocks.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/scratch.h"
+
+namespace fastconv {
+
+namespace {
+
+// Below this many multiply-adds a fork-join (0.6 us) costs more than it saves.
+constexpr int64_t SERIAL_WORK = 64 * 1024;
+// Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
+constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
+
+void serial_loop(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) { body(context, 0, count); }
+constexpr Parallel SERIAL{1, serial_loop};
+
+Parallel for_work(const Parallel& parallel, int64_t multiply_adds) { return multiply_adds < SERIAL_WORK ? SERIAL : parallel; }
+
+// Splits the larger side of an M x N product: pixels share weights, panels share inputs.
+template <class F>
+void split_product(const Parallel& parallel, int64_t pixels, int64_t out_channels, const F& f) {
+  if (parallel.threads > 1 && out_channels > pixels)
+    parallel.split(panels_for(out_channels), [&](Range panels) { f(Range{0, pixels}, panels); });
+  else
+    parallel.split(pixels, [&](Range range) { f(range, Range{0, panels_for(out_channels)}); });
+}
+
+// Pixel stride of a private buffer: whole cache lines, and never a multiple of 512 bytes, whose rows would fall in the same cache sets.
+int64_t padded_stride(int64_t channels) {
+  const int64_t lines = ceil_div(channels, 16);
+  return (lines % 8 == 0 ? lines + 1 : lines) * 16;
+}
+
+Pointwise product(const PackedPointwise& weights, const float* x, int64_t x_stride, float* out, int64_t out_stride, const float* residual = nullptr,
+                  int64_t residual_stride = 0) {
+  return {x, x_stride, weights.in_channels, weights.out_channels, weights.panels, {weights.bias, residual, residual_stride, weights.activation}, out, out_stride};
+}
+
+}  // namespace
+
+void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  split_product(for_work(parallel, pixels * op.in_channels * op.out_channels), pixels, op.out_channels,
+                [&](Range range, Range panels) { k.pointwise(op, range, panels); });
+}
+
+void run_conv(const Conv& image, int64_t batch, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  const int64_t pixels = image.out_height * image.out_width;
+  for (int64_t n = 0; n < batch; ++n) {
+    Conv op = image;
+    op.x += n * image.height * image.width * image.x_stride;
+    op.out += n * pixels * image.out_stride;
+    split_product(parallel, pixels, op.out_channels, [&](Range range, Range panels) { k.conv(op, range, panels); });
+  }
+}
+
+void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  const int64_t work = batch * out_height * image.out_width * image.channels * image.kernel * image.kernel;
+  for_work(parallel, work).split(batch * out_height, [&](Range rows) {
+    for (int64_t row = rows.begin; row < rows.end;) {
+      const int64_t n = row / out_height, end = std::min(rows.end, (n + 1) * out_height);
+      Depthwise op = image;
+      op.x += n * image.height * image.x_row_stride;
+      op.out += row * image.out_row_stride;
+      k.depthwise(op, {row - n * out_height, end - n * out_height}, {0, image.channels});
+      row = end;
+    }
+  });
+}
+
+void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  parallel.split(batch * image.out_height, [&](Range rows) {
+    float* buffer = private_scratch.floats(image.scratch_floats());
+    for (int64_t row = rows.begin; row < rows.end;) {
+      const int64_t n = row / image.out_height, end = std::min(rows.end, (n + 1) * image.out_height);
+      Stem op = image;
+      op.x += n * image_stride;
+      op.out += n * image.out_height * image.out_width * image.out_stride;
+      k.stem(op, {row - n * image.out_height, end - n * image.out_height}, buffer);
+      row = end;
+    }
+  });
+}
+
+void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  for_work(parallel, batch * out_height * image.out_width * image.channels * 9).split(batch * out_height, [&](Range rows) {
+    for (int64_t row = rows.begin; row < rows.end;) {
+      const int64_t n = row / out_height, end = std::min(rows.end, (n + 1) * out_height);
+      MaxPool op = image;
+      op.x += n * image.height * image.width * image.x_stride;
+      op.out += n * out_height * image.out_width * image.out_stride;
+      k.max_pool(op, {row - n * out_height, end - n * out_height});
+      row = end;
+    }
+  });
+}
+
+namespace {
+
+// means = mean over pixels, of the channels in `range`.
+void average(const float* x, int64_t x_stride, int64_t pixels, Range range, float* means) {
+  std::fill(means + range.begin, means + range.end, 0.0f);
+  kernels().sum_pixels(x + range.begin, x_stride, pixels, range.size(), means + range.begin);
+  for (int64_t c = range.begin; c < range.end; ++c) means[c] /= static_cast<float>(pixels);
+}
+
+}  // namespace
+
+void run_global_avg_pool(const float* x, int64_t batch, int64_t pixels, int64_t channels, float* out, const Parallel& parallel) {
+  const int64_t blocks = ceil_div(channels, 64);  // four cache lines a task
+  for_work(parallel, batch * pixels * channels).split(batch * blocks, [&](Range tasks) {
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t n = task / blocks, c = task % blocks * 64;
+      average(x + n * pixels * channels, channels, pixels, {c, std::min(c + 64, channels)}, out + n * channels);
+    }
+  });
+}
+
+namespace {
+
+// Output rows [rows.begin, rows.end) of one fire module. The squeeze strip stands in `buffer` with its zero border; both expands read it
+// there and write their slices of the concatenated output.
+struct FireStrip {
+  const Fire& op;
+  int64_t squeeze, width, out_channels;
+
+  explicit FireStrip(const Fire& op)
+      : op(op), squeeze(op.squeeze.out_channels), width(op.width + 2), out_channels(op.expand1x1.out_channels + op.expand3x3_channels) {}
+
+  int64_t row_floats() const { return width * squeeze; }
+
+  // Rows [rows.begin - 1, rows.end + 1) of the squeezed image into buffer rows; `part` of them, counted from rows.begin - 1.
+  void fill(const float* x, Range rows, Range part, float* buffer) const {
+    const Kernels& k = kernels();
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t h = rows.begin - 1 + i;
+      float* row = buffer + i * row_floats();
+      if (h < 0 || h >= op.height) {
+        std::memset(row, 0, row_floats() * sizeof(float));
+        continue;
+      }
+      std::memset(row, 0, squeeze * sizeof(float));
+      std::memset(row + (width - 1) * squeeze, 0, squeeze * sizeof(float));
+      const int64_t in = op.squeeze.in_channels;
+      k.pointwise(product(op.squeeze, x + h * op.width * in, in, row + squeeze, squeeze), {0, op.width}, {0, panels_for(squeeze)});
+    }
+  }
+
+  // Panels are counted through both expands: first those of expand1x1, then those of expand3x3.
+  void expand(const float* buffer, Range rows, Range part, Range panels, float* out) const {
+    const Kernels& k = kernels();
+    const int64_t panels1x1 = panels_for(op.expand1x1.out_channels);
+    float* first = out + rows.begin * op.width * out_channels;
+    if (panels.begin < panels1x1)
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const float* row = buffer + (i + 1) * row_floats() + squeeze;
+        k.pointwise(product(op.expand1x1, row, squeeze, first + i * op.width * out_channels, out_channels), {0, op.width},
+                    {panels.begin, std::min(panels.end, panels1x1)});
+      }
+    if (panels.end > panels1x1) {
+      const PaddedConv conv{buffer, squeeze, row_floats(), squeeze, op.expand3x3_channels, op.width, 3, 3, op.panels3x3,
+                            {op.bias3x3, nullptr, 0, Activation::relu}, first + op.expand1x1.out_channels, out_channels};
+      k.padded_conv(conv, part, {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1});
+    }
+  }
+
+  int64_t panels() const { return panels_for(op.expand1x1.out_channels) + panels_for(op.expand3x3_channels); }
+};
+
+}  // namespace
+
+void run_fire(const Fire& op, const Parallel& parallel) {
+  const FireStrip strip(op);
+  const int64_t in_floats = op.height * op.width * op.squeeze.in_channels, out_floats = op.height * op.width * strip.out_channels;
+  if (op.batch < parallel.threads && strip.out_channels > op.height * op.width) {
+    // Small images: the weights are the traffic, so the threads share the squeezed image and split the panels.
+    float* buffer = shared_scratch.floats((op.height + 2) * strip.row_floats());
+    for (int64_t n = 0; n < op.batch; ++n) {
+      const Range rows{0, op.height};
+      parallel.split(op.height + 2, [&](Range part) { strip.fill(op.x + n * in_floats, rows, part, buffer); });
+      parallel.split(strip.panels(), [&](Range panels) { strip.expand(buffer, rows, rows, panels, op.out + n * out_floats); });
+    }
+    return;
+  }
+  const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / strip.row_floats() - 2);
+  parallel.split(op.batch * op.height, [&](Range all) {
+    for (int64_t row = all.begin; row < all.end;) {
+      const int64_t n = row / op.height, h = row - n * op.height;
+      const int64_t count = std::min({all.end - row, op.height - h, most});
+      float* buffer = private_scratch.floats((count + 2) * strip.row_floats());
+      strip.fill(op.x + n * in_floats, {h, h + count}, {0, count + 2}, buffer);
+      strip.expand(buffer, {h, h + count}, {0, count}, {0, strip.panels()}, op.out + n * out_floats);
+      row += count;
+    }
+  });
+}
+
+namespace {
+
+struct Block {
+  const InvertedResidual& op;
+  int64_t in_floats, out_pixels, out_floats, stride;
+
+  explicit Block(const InvertedResidual& op)
+      : op(op),
+        in_floats(op.height * op.width * op.in_channels),
+        out_pixels(op.out_height * op.out_width),
+        out_floats(out_pixels * op.project.out_channels),
+        stride(padded_stride(op.channels)) {}
+
+  int64_t weight_floats() const { return op.channels * ((op.expand ? op.in_channels : 0) + op.project.out_channels); }
+  int64_t middle_floats() const { return ((op.expand ? op.height * op.width : 0) + out_pixels) * stride; }
+
+  Depthwise depthwise(const float* x, int64_t x_stride, int64_t ring_rows, float* out) const {
+    return {x, x_stride, op.width * x_stride, ring_rows, op.height, op.width, op.channels, op.out_width, op.kernel, op.stride_h, op.stride_w,
+            op.pad_h, op.pad_w, op.taps, op.depthwise_bias, op.depthwise_activation, out, stride, op.out_width * stride};
+  }
+
+  Pointwise project(const float* x, int64_t first_pixel) const {
+    const int64_t out = op.project.out_channels;
+    return product(op.project, x, stride, op.out + first_pixel * out, out, op.residual ? op.residual + first_pixel * out : nullptr, out);
+  }
+
+  // Depth first: a few output rows at a time go expand -> depthwise -> project, the expanded rows standing in a ring.
+  void rows(int64_t n, Range rows) const {
+    const Kernels& k = kernels();
+    const float* x = op.x + n * in_floats;
+    const int64_t step = std::min(rows.size(), std::max<int64_t>(1, 28 / op.out_width));  // 28 pixels: two full tiles of 14
+    const int64_t ring_rows = op.expand ? (step - 1) * op.stride_h + op.kernel : op.height;
+    const int64_t ring_floats = op.expand ? ring_rows * op.width * stride : 0;
+    float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
+    float* middle = ring + ring_floats;
+    int64_t next = std::max<int64_t>(0, rows.begin * op.stride_h - op.pad_h);  // next input row to expand
+    for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
+      const int64_t end = std::min(oh + step, rows.end);
+      if (op.expand) {
+        const int64_t last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
+        while (next < last) {
+          const int64_t slot = next % ring_rows, count = std::min(last - next, ring_rows - slot);
+          k.pointwise(product(*op.expand, x + next * op.width * op.in_channels, op.in_channels, ring + slot * op.width * stride, stride),
+                      {0, count * op.width}, {0, panels_for(op.channels)});
+          next += count;
+        }
+        k.depthwise(depthwise(ring, stride, ring_rows, middle), {oh, end}, {0, op.channels});
+      } else {
+        k.depthwise(depthwise(x, op.channels, op.height, middle), {oh, end}, {0, op.channels});
+      }
+      k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width}, {0, panels_for(op.project.out_channels)});
+    }
+  }
+
+  // Layer by layer over whole images, each layer split over the team; a thread keeps its channels or rows through the first two.
+  void images(Range batch, const Parallel& parallel, Scratch& scratch) const {
+    const Kernels& k = kernels();
+    const int64_t count = batch.size(), pixels = count * op.height * op.width, channels = op.channels;
+    const int64_t expanded_floats = op.expand ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
+    const int64_t reduced = op.squeeze_excite ? op.squeeze_excite->reduce.out_channels : 0;
+    float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
+    float* middle = expanded + expanded_floats;
+    const float* x = op.x + batch.begin * in_floats;
+
+    const auto run_depthwise = [&](Range image_rows, Range range) {
+      for (int64_t row = image_rows.begin; row < image_rows.end;) {
+        const int64_t n = row / op.out_height, end = std::min(image_rows.end, (n + 1) * op.out_height), first = row - n * op.out_height;
+        const float* source = op.expand ? expanded + n * op.height * op.width * stride : x + n * in_floats;
+        k.depthwise(depthwise(source, op.expand ? stride : channels, op.height, middle + (n * out_pixels + first * op.out_width) * stride),
+                    {first, end - n * op.out_height}, range);
+        row = end;
+      }
+    };
+    const auto expand = [&](Range range, Range panels) { k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels); };
+    const Range all_rows{0, count * op.out_height};
+    if (channels > pixels && parallel.threads > 1) {
+      parallel.split(panels_for(channels), [&](Range panels) {  // channels never meet before the projection: no barrier between
+        if (op.expand) expand({0, pixels}, panels);
+        run_depthwise(all_rows, {panels.begin * PANEL, std::min(panels.end * PANEL, channels)});
+      });
+    } else {
+      if (op.expand) parallel.split(pixels, [&](Range range) { expand(range, {0, panels_for(channels)}); });
+      parallel.split(all_rows.size(), [&](Range rows) { run_depthwise(rows, {0, channels}); });
+    }
+
+    if (op.squeeze_excite) {
+      float* means = middle + middle_floats;
+      float* scales = means + count * channels;
+      float* hidden = scales + count * channels;
+      const SqueezeExcite& gate = *op.squeeze_excite;
+      parallel.split(panels_for(channels), [&](Range panels) {
+        const Range range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)};
+        for (int64_t n = 0; n < count; ++n) average(middle + n * out_pixels * stride, stride, out_pixels, range, means + n * channels);
+      });
+      run_pointwise(product(gate.reduce, means, channels, hidden, reduced), count, parallel);
+      run_pointwise(product(gate.expand, hidden, reduced, scales, channels), count, parallel);
+      parallel.split(count * out_pixels, [&](Range range) {
+        for (int64_t p = range.begin; p < range.end;) {
+          const int64_t n = p / out_pixels, end = std::min(range.end, (n + 1) * out_pixels);
+          k.scale_channels(middle + p * stride, stride, end - p, channels, scales + n * channels);
+          p = end;
+        }
+      });
+    }
+    split_product(parallel, count * out_pixels, op.project.out_channels,
+                  [&](Range range, Range panels) { k.pointwise(project(middle, batch.begin * out_pixels), range, panels); });
+  }
+
+  // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
+  void serial(Range batch) const {
+    if (!op.squeeze_excite && weight_floats() <= L2_WEIGHTS) {
+      for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height});
+      return;
+    }
+    const int64_t group = std::max<int64_t>(1, L2_FLOATS / middle_floats());
+    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, SERIAL, private_scratch);
+  }
+};
+
+}  // namespace
+
+void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel) {
+  const Block block(op);
+  const int64_t whole = op.batch - op.batch % parallel.threads;  // these go image by image; the rest is split within each image
+  if (whole > 0) parallel.split(whole, [&](Range images) { block.serial(images); });
+  for (int64_t n = whole; n < op.batch; ++n) {
+    if (!op.squeeze_excite && block.weight_floats() <= L2_WEIGHTS && op.out_height >= 14 * parallel.threads)
+      parallel.split(op.out_height, [&](Range rows) { block.rows(n, rows); });
+    else
+      block.images({n, n + 1}, parallel, shared_scratch);
+  }
+}
+
+}  // namespace fastconv

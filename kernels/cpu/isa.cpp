@@ -1,0 +1,86 @@
+#include "kernels/cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fastconv {
+
+#define FASTCONV_DECLARE(isa) \
+  namespace isa {             \
+  extern const Kernels kernels; \
+  }
+FASTCONV_DECLARE(scalar)
+#ifdef FASTCONV_HAS_AVX2
+FASTCONV_DECLARE(avx2)
+#endif
+#ifdef FASTCONV_HAS_AVX512
+FASTCONV_DECLARE(avx512)
+#endif
+#ifdef FASTCONV_HAS_NEON
+FASTCONV_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Slowest first. The compiler's built-in check also asks whether the operating system saves the registers.
+std::vector<Entry> table() {
+  std::vector<Entry> entries{{&scalar::kernels, true}};
+#ifdef FASTCONV_HAS_AVX2
+  entries.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+#ifdef FASTCONV_HAS_AVX512
+  entries.push_back({&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")});
+#endif
+#ifdef FASTCONV_HAS_NEON
+  entries.push_back({&neon::kernels, true});  // part of the aarch64 baseline
+#endif
+  return entries;
+}
+
+std::atomic<const Kernels*> active{&scalar::kernels};
+
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : table())
+    if (entry.supported) names.push_back(entry.kernels->isa);
+  return names;
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : table()) names.push_back(entry.kernels->isa);
+  return names;
+}
+
+const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) {
+  for (const Entry& entry : table())
+    if (name == entry.kernels->isa && entry.supported) {
+      active.store(entry.kernels);
+      return;
+    }
+  throw std::invalid_argument("FASTCONV_ISA must be one of " + listed(supported_isas()) + " on this machine, got '" + name + "'");
+}
+
+void choose_isa() {
+  const char* forced = std::getenv("FASTCONV_ISA");
+  set_isa(forced && *forced ? forced : supported_isas().back());
+}
+
+}  // namespace fastconv

@@ -1,0 +1,26 @@
+// Which kernels run: the best table this CPU supports, or the one FASTCONV_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+
+namespace fastconv {
+
+// Names of the tables compiled in that this CPU can run, slowest first.
+std::vector<std::string> supported_isas();
+
+// Names of all tables compiled in, slowest first.
+std::vector<std::string> compiled_isas();
+
+// The table in use.
+const Kernels& kernels();
+
+// Chooses a table by name; throws std::invalid_argument if it is unknown, not compiled in, or not supported by this CPU.
+void set_isa(const std::string& name);
+
+// Chooses at load time: FASTCONV_ISA if set, else the best. Throws as set_isa does.
+void choose_isa();
+
+}  // namespace fastconv

@@ -1,0 +1,134 @@
+// The contract of the micro-kernels: plain structs and a table of function pointers, one table per ISA.
+//
+// All tensors are fp32 and channels innermost. A "pixel" is one spatial position: its channels are contiguous, and *_stride counts
+// floats between horizontally neighbouring pixels (>= channels: a slice of a wider tensor is fine). Nothing outside the named
+// elements is read or written. Every output element is accumulated in the same order whatever range it is computed in, so results do
+// not depend on how the ranges are split among threads.
+//
+// Weights come packed (pack.h): "panels" hold 16 output channels each, (panel, tap * in_channels + c, 16); "taps" are (K*K, channels).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/activation.h"
+
+namespace fastconv {
+
+constexpr int64_t PANEL = 16;  // output channels in a panel, on every ISA
+
+// always_inline: shared by every ISA's source, so none of them may emit a copy that another one could end up calling.
+#define FASTCONV_SHARED [[gnu::always_inline]]
+FASTCONV_SHARED constexpr inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTCONV_SHARED constexpr inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
+
+struct Range {
+  int64_t begin, end;
+  FASTCONV_SHARED int64_t size() const { return end - begin; }
+};
+
+// What every product kernel does with its sums: out = activation(sum + bias + residual).
+struct Epilogue {
+  const float* bias;                // (out_channels)
+  const float* residual = nullptr;  // pixels as in the output, or none
+  int64_t residual_stride = 0;
+  Activation activation = Activation::none;
+};
+
+// 1x1 convolution: a matrix product over pixels.
+struct Pointwise {
+  const float* x;
+  int64_t x_stride;
+  int64_t in_channels, out_channels;
+  const float* panels;
+  Epilogue epilogue;
+  float* out;
+  int64_t out_stride;
+};
+
+// Dense KxK convolution of one image. Taps that fall outside the image read `zeros`, so no padded copy is made.
+struct Conv {
+  const float* x;
+  int64_t x_stride;
+  int64_t height, width, in_channels, out_channels;
+  int64_t out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  const float* panels;
+  const float* zeros;  // in_channels zeros
+  Epilogue epilogue;
+  float* out;
+  int64_t out_stride;
+};
+
+// The same when the image already stands in a buffer with its zero border: x points at the tap (0, 0) of output pixel (0, 0).
+struct PaddedConv {
+  const float* x;
+  int64_t x_stride, x_row_stride;  // floats between pixels and between rows
+  int64_t in_channels, out_channels;
+  int64_t out_width;
+  int64_t kernel_h, kernel_w;  // stride 1
+  const float* panels;
+  Epilogue epilogue;
+  float* out;
+  int64_t out_stride;
+};
+
+// First layer: KxK over at most 4 channels, NCHW or channels_last, through a row buffer that carries the zero border.
+struct Stem {
+  const float* x;
+  int64_t channel_stride, row_stride, pixel_stride;
+  int64_t height, width, in_channels, out_channels;
+  int64_t out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  const float* panels;
+  Epilogue epilogue;
+  float* out;
+  int64_t out_stride;
+  FASTCONV_SHARED int64_t scratch_floats() const { return kernel_h * in_channels * buffer_width(); }
+  FASTCONV_SHARED int64_t buffer_width() const { return (out_width - 1) * stride_w + kernel_w; }
+};
+
+// Depthwise KxK, K = 3 or 5, stride_w = 1 or 2. Row h of the input is x + (h % ring_rows) * x_row_stride: a whole image has
+// ring_rows = height; a ring of fewer rows serves the fused blocks.
+struct Depthwise {
+  const float* x;
+  int64_t x_stride, x_row_stride, ring_rows;
+  int64_t height, width, channels;
+  int64_t out_width;
+  int64_t kernel, stride_h, stride_w, pad_h, pad_w;
+  const float* taps;
+  const float* bias;
+  Activation activation;
+  float* out;
+  int64_t out_stride, out_row_stride;
+};
+
+// 3x3 maximum, NaN propagating; windows are clipped at the image's border.
+struct MaxPool {
+  const float* x;
+  int64_t x_stride;
+  int64_t height, width, channels;
+  int64_t out_width;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+  float* out;
+  int64_t out_stride;
+};
+
+struct KernelInfo {
+  const char* op;
+  const char* tile;  // pixels x output channels in registers
+};
+
+struct Kernels {
+  const char* isa;
+  KernelInfo info[7];
+  void (*pointwise)(const Pointwise&, Range pixels, Range panels);
+  void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
+  void (*padded_conv)(const PaddedConv&, Range rows, Range panels);
+  void (*stem)(const Stem&, Range rows, float* scratch);
+  void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
+  void (*max_pool)(const MaxPool&, Range rows);
+  void (*sum_pixels)(const float* x, int64_t x_stride, int64_t pixels, int64_t channels, float* sums);  // adds to sums
+  void (*scale_channels)(float* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scales);  // in place
+};
+
+}  // namespace fastconv

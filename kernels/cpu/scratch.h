@@ -1,0 +1,33 @@
+// Per-thread buffers that grow to the largest need seen and stay: no allocation in steady state.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace fastconv {
+
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  float* floats(int64_t count) {
+    if (count > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
+      if (!data_) throw std::bad_alloc();
+      capacity_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// One buffer for what a thread uses alone, one for what the calling thread shares with its team.
+inline thread_local Scratch private_scratch, shared_scratch;
+
+}  // namespace fastconv

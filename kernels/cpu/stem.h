@@ -1,0 +1,68 @@
+// The first layer: KxK over at most 4 channels, reading NCHW or channels_last directly. Included per ISA.
+//
+// Each output row copies the input rows under it into a small buffer with its zero border, (kh, channel, column); the tile then reads
+// every tap at a constant step. The copy is under 3% of the work (7x7, 96 channels: 4.7k floats against 1.5M multiply-adds).
+#pragma once
+
+#include "kernels/cpu/tile.h"
+
+namespace fastconv::FASTCONV_ISA {
+
+inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
+  const int64_t width = op.buffer_width();
+  for (int64_t kh = 0; kh < op.kernel_h; ++kh) {
+    const int64_t ih = oh * op.stride_h - op.pad_h + kh;
+    for (int64_t c = 0; c < op.in_channels; ++c) {
+      float* row = buffer + (kh * op.in_channels + c) * width;
+      if (ih < 0 || ih >= op.height) {
+        std::memset(row, 0, width * sizeof(float));
+        continue;
+      }
+      const float* source = op.x + ih * op.row_stride + c * op.channel_stride;
+      // Buffer column j is input column j - pad_w.
+      const int64_t first = op.pad_w < width ? op.pad_w : width;
+      const int64_t last = op.width + op.pad_w < width ? op.width + op.pad_w : width;
+      for (int64_t j = 0; j < first; ++j) row[j] = 0.0f;
+      if (op.pixel_stride == 1 && last > first)
+        std::memcpy(row + first, source, (last - first) * sizeof(float));
+      else
+        for (int64_t j = first; j < last; ++j) row[j] = source[(j - op.pad_w) * op.pixel_stride];
+      for (int64_t j = last > first ? last : first; j < width; ++j) row[j] = 0.0f;
+    }
+  }
+}
+
+template <int STEP>
+void stem_rows(const Stem& op, Range rows, float* buffer) {
+  constexpr int MAX_DEPTH = 7 * 7 * 4;
+  int32_t offsets[MAX_DEPTH];  // packed order (kh, kw, c) -> place in the row buffer
+  const int64_t width = op.buffer_width(), depth = op.kernel_h * op.kernel_w * op.in_channels, panel_stride = depth * PANEL;
+  for (int64_t k = 0; k < depth; ++k) {
+    const int64_t c = k % op.in_channels, kw = k / op.in_channels % op.kernel_w, kh = k / op.in_channels / op.kernel_w;
+    offsets[k] = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
+  }
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+    fill_row_buffer(op, oh, buffer);
+    for_each_chunk({0, panels_for(op.out_channels)}, op.out_channels, W == 16 ? 2 : MAX_NV, [&](int64_t column, int64_t nv, int64_t columns) {
+      with_constant<MAX_NV>(nv, [&](auto NV) {
+        const Pieces tiles(op.out_width, max_rows<NV>());
+        for (int64_t t = 0; t < tiles.pieces; ++t) {
+          const int64_t ow = tiles.begin(t);
+          Epilogue epilogue = op.epilogue;
+          epilogue.bias += column;
+          const Stepped<STEP> source{buffer + ow * op.stride_w, offsets, 1, depth, op.stride_w};
+          const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
+          float* out = op.out + (oh * op.out_width + ow) * op.out_stride + column;
+          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(source, panel, panel_stride, epilogue, out, op.out_stride, columns); });
+        }
+      });
+    });
+  }
+}
+
+inline void stem(const Stem& op, Range rows, float* scratch) {
+  if (op.stride_w == 2) return stem_rows<2>(op, rows, scratch);
+  stem_rows<0>(op, rows, scratch);
+}
+
+}  // namespace fastconv::FASTCONV_ISA
