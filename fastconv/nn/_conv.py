@@ -1,0 +1,45 @@
+"""What DepthwiseConv2d and PointwiseConv2d share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastconv.nn._twin import describe, share
+from fastconv.optimize.plan import plain
+from fastconv.optimize.planned import Planned
+
+
+class KernelConv2d(Planned, nn.Conv2d):
+    """A Conv2d that runs through one of fastconv's operators where that covers it, and as Conv2d everywhere else."""
+
+    structure: str  # what `from_torch` takes, in words
+
+    @classmethod
+    def from_torch(cls, module: nn.Module) -> KernelConv2d:
+        """The same layer with the same Parameter objects. Raises TypeError if `module` is not a Conv2d, ValueError if not of this kind."""
+        if type(module) not in (nn.Conv2d, cls):
+            raise TypeError(f"{cls.__name__}: module must be a Conv2d, got {type(module).__name__}")
+        layer = cls.__new__(cls)
+        layer.__dict__.update(share(module).__dict__)
+        if not layer._is_of_kind():
+            raise ValueError(f"{cls.__name__}: module must be {cls.structure}, got {describe(module)}")
+        return layer
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if plain(x) and self._fits(x) and self._is_covered():
+            return self._operator(x)
+        return nn.Conv2d.forward(self, x)
+
+    def _fits(self, x: Tensor) -> bool:
+        image = x.dim() == 4 and x.shape[1] == self.in_channels and x.is_floating_point()
+        return image and x.dtype == self.weight.dtype and x.device == self.weight.device
+
+    def _is_of_kind(self) -> bool:
+        raise NotImplementedError
+
+    def _is_covered(self) -> bool:
+        raise NotImplementedError
+
+    def _operator(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
