@@ -188,18 +188,27 @@ def test_demo_fails_when_the_logits_are_wrong(tmp_path, monkeypatch):
 
 
 def test_demo_says_so_when_weights_cannot_be_downloaded(tmp_path, monkeypatch):
-    construct = networks._construct
+    def offline(url, file_name):
+        raise OSError("no route to host")
 
-    def offline(name, **options):
-        if options:
-            raise OSError("no route to host")
-        return construct(name)
-
-    monkeypatch.setattr(networks, "_construct", offline)
+    monkeypatch.setattr(networks, "_download", offline)
     result = invoke("demo", "--nets", "squeezenet1_1", "--rounds", "1", "--out", str(tmp_path / "demo.png"))
     assert "meaningless" in result.stdout
     if networks.torchvision() is not None:
         assert "squeezenet1_1: no pretrained weights (no route to host)" in result.stderr
+
+
+@pytest.mark.parametrize("name", networks.NAMES)
+def test_published_weights_are_loaded_when_they_can_be_had(name, monkeypatch):
+    library = networks.timm() if name == "mobilenet_v1" else networks.torchvision()
+    if library is None:
+        pytest.skip("torchvision or timm is not installed")
+    torch.manual_seed(7)
+    state, _ = networks._construct(name)
+    monkeypatch.setattr(networks, "_download", lambda url, file_name: state.state_dict() if url.startswith("https://") else None)
+    network = networks.build(name)
+    assert not network.weights.startswith("random")
+    assert all(torch.equal(a, b) for a, b in zip(network.model.state_dict().values(), state.state_dict().values(), strict=True))
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch):

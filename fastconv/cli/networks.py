@@ -76,36 +76,31 @@ def _patience(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(previous)
 
 
-def _construct(name: str, **options: Any) -> tuple[torch.nn.Module, str]:
+def _construct(name: str) -> tuple[torch.nn.Module, str]:
     vision, zoo = torchvision(), timm()
     if name == "mobilenet_v1" and zoo is not None:
-        return zoo.create_model("mobilenetv1_100", **options), "timm"
+        return zoo.create_model("mobilenetv1_100"), "timm"
     if name != "mobilenet_v1" and vision is not None:
-        return vision.models.get_model(name, **options), "torchvision"
+        return vision.models.get_model(name), "torchvision"
     import fastconv.models
 
     # Our class in plain torch: a trace of it knows no fused path.
     return torch.fx.symbolic_trace(fastconv.models.get_model(name).eval()), "torch"
 
 
-def _pretrained(name: str) -> Network | None:
-    """The network with its library's own weights, or None where they cannot be had."""
-    if name == "mobilenet_v1":
-        if timm() is None:
-            return None
-        options = {"pretrained": True}
-    elif torchvision() is not None:
-        options = {"weights": "DEFAULT"}
-    else:
-        return None
-    try:
-        with _patience(5.0):
-            model, library = _construct(name, **options)
-    except Exception as problem:  # every library reports a missing network its own way; the caller says that weights are random
-        click.echo(f"{name}: no pretrained weights ({_one_line(problem)})", err=True)
-        return None
-    tag = model.pretrained_cfg["tag"] if library == "timm" else torchvision().models.get_model_weights(name).DEFAULT.name
-    return Network(name, model, library, f"{library} {tag}")
+def _published(name: str, library: str) -> tuple[str, str, str]:
+    """Where the library publishes its weights: their tag, URL, and file name in torch.hub's cache."""
+    if library == "timm":
+        published = timm().get_pretrained_cfg("mobilenetv1_100")
+        url = f"https://huggingface.co/{published.hf_hub_id}/resolve/main/pytorch_model.bin"
+        return published.tag, url, f"{published.architecture}.{published.tag}.bin"
+    published = torchvision().models.get_model_weights(name).DEFAULT
+    return published.name, published.url, published.url.rsplit("/", 1)[-1]
+
+
+def _download(url: str, file_name: str) -> dict[str, torch.Tensor]:
+    with _patience(5.0):
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file_name, weights_only=True, progress=False)
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -122,18 +117,23 @@ def randomise(model: torch.nn.Module) -> None:
 def build(name: str, *, pretrained: bool = True) -> Network:
     """The plain torch network of this name: torchvision's (timm's for mobilenet_v1), else our class traced to plain torch.
 
-    With pretrained, the library's published weights if they can be downloaded or lie in its cache. Otherwise random weights, seed 0,
-    with randomised batch-norm statistics.
+    With pretrained, the library's published weights if they can be downloaded or lie in torch.hub's cache. Otherwise random weights,
+    seed 0, with randomised batch-norm statistics.
     """
-    network = _pretrained(name) if pretrained else None
-    if network is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, library = _construct(name)
-            randomise(model)
-        network = Network(name, model, library, "random, seed 0")
-    network.model.eval().requires_grad_(False)
-    return network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, library = _construct(name)
+        randomise(model)
+    weights = "random, seed 0"
+    if pretrained and library != "torch":
+        tag, url, file_name = _published(name, library)
+        try:
+            model.load_state_dict(_download(url, file_name))
+            weights = f"{library} {tag}"
+        except (OSError, RuntimeError) as problem:
+            click.echo(f"{name}: no pretrained weights ({_one_line(problem)})", err=True)
+    model.eval().requires_grad_(False)
+    return Network(name, model, library, weights)
 
 
 def build_any(spec: str) -> torch.nn.Module:
