@@ -86,15 +86,15 @@ POINTWISE = {
 # Each program keeps two accumulators (expand1x1 and expand3x3), so `channels` counts twice.
 FIRE_EXPAND = {
     "sm_80": {
-        "half": (MatmulTile(128, 64, 16, 8, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 3)),
+        "half": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 3)),
         "half small": (MatmulTile(64, 64, 64, 4, 3),),
         "tf32": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(64, 64, 32, 4, 3)),
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
     "sm_90": {
-        "half": (MatmulTile(128, 64, 16, 8, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 4)),
+        "half": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 4)),
         "half small": (MatmulTile(64, 64, 64, 4, 4),),
-        "tf32": (MatmulTile(128, 64, 16, 8, 4), MatmulTile(128, 64, 32, 8, 4)),
+        "tf32": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
 }

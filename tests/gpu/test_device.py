@@ -1,0 +1,153 @@
+"""The kernels on the GPU: test_interpreter.py's checks, the registered operators, and tensors past 2^31 elements."""
+
+import cases
+import pytest
+import torch
+
+import fastconv
+from fastconv import reference
+
+pytestmark = pytest.mark.gpu
+
+
+class TestDevice(cases.Checks):
+    device = "cuda"
+
+    @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+    def dtype(self, request, monkeypatch):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+        return request.param
+
+
+ARGUMENTS = {
+    "depthwise": lambda r: (r(2, 24, 9, 11), r(24, 1, 5, 5), r(24), (2, 1), (2, 1), "hardswish"),
+    "pointwise": lambda r: (r(2, 24, 9, 11), r(40, 24, 1, 1), r(40), r(2, 40, 9, 11), "relu6"),
+    "fire_expand": lambda r: (r(2, 16, 9, 11), r(64, 16, 1, 1), r(64), r(64, 16, 3, 3), r(64)),
+}
+
+
+def arguments(op, dtype, layout=torch.contiguous_format, requires_grad=False):
+    torch.manual_seed(0)
+
+    def make(*shape):
+        tensor = torch.randn(shape, device="cuda", dtype=dtype)
+        return (tensor.contiguous(memory_format=layout) if len(shape) == 4 else tensor).requires_grad_(requires_grad)
+
+    return ARGUMENTS[op](make)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_operator(op, dtype, layout):
+    """torch.ops.fastconv.<op> on CUDA tensors; float64 is not covered and takes the reference."""
+    args = arguments(op, dtype, layout)
+    y = getattr(torch.ops.fastconv, op)(*args)
+    names = [argument.name for argument in getattr(torch.ops.fastconv, op).default._schema.arguments]
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in zip(names, args)}
+    wanted = getattr(reference, op)(**wide)
+    relative = ((y.double() - wanted).norm() / wanted.norm()).item()
+    # fp32 through tf32 only where torch's switch says so, which it does not by default
+    assert relative < {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_operator_runs_triton(op, monkeypatch):
+    import importlib
+
+    module = importlib.import_module(f"fastconv.kernels.gpu.{op}")
+    launched = []
+    kernel = getattr(module, op)
+    monkeypatch.setattr(module, op, lambda **given: launched.append(op) or kernel(**given))
+    getattr(torch.ops.fastconv, op)(*arguments(op, torch.float16))
+    assert launched == [op]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_opcheck(op, layout):
+    torch.library.opcheck(getattr(torch.ops.fastconv, op).default, arguments(op, torch.float32, layout, requires_grad=True))
+
+
+def test_tf32_follows_torchs_switch(monkeypatch):
+    x, weight = torch.randn(1, 512, 32, 32, device="cuda"), torch.randn(256, 512, 1, 1, device="cuda")
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double())
+
+    def error(precision):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+        y = fastconv.ops.pointwise(x, weight)
+        return ((y.double() - wanted).norm() / wanted.norm()).item()
+
+    assert error("ieee") < 1e-6
+    assert 1e-5 < error("tf32") < 2e-3
+
+
+def _enough_memory(gigabytes):
+    free = torch.cuda.mem_get_info()[0]
+    if free < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory")
+
+
+# (N, C, H, W): many images; one image that alone passes 2^31 elements
+@pytest.mark.parametrize("shape", [(1400, 128, 112, 112), (1, 64, 5824, 5824)], ids=str)
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_past_2_31_elements(op, shape):
+    """Patches at the start, across 2^31 elements and at the end agree with the operator on the patch alone."""
+    _enough_memory(32)
+    torch.manual_seed(0)
+    n, c, h, w = shape
+    x = torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last).normal_()
+    assert x.numel() > 2**31
+
+    def weight(*size):
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+    weights = {
+        "depthwise": (weight(c, 1, 3, 3),),
+        "pointwise": (weight(c, c, 1, 1),),
+        "fire_expand": (weight(c // 2, c, 1, 1), None, weight(c // 2, c, 3, 3), None),
+    }[op]
+    y = getattr(torch.ops.fastconv, op)(x, *weights)
+    pixel = 2**31 // c  # the pixel that holds element 2^31
+    for at in (0, pixel, n * h * w - 1):
+        image, row = at // (h * w), at % (h * w) // w
+        low, high = max(row - 2, 0), min(row + 3, h)
+        patch = x[image : image + 1, :, low:high].contiguous(memory_format=torch.channels_last)
+        alone = getattr(torch.ops.fastconv, op)(patch, *weights)
+        # rows next to a cut lack their halo in the patch
+        top, bottom = (0 if low == 0 else 1), (high - low if high == h else high - low - 1)
+        torch.testing.assert_close(y[image, :, low + top : low + bottom], alone[0, :, top:bottom], rtol=0.02, atol=0.5)
+        assert y[image, :, low + top : low + bottom].abs().sum() > 0
+
+
+def test_current_device_is_restored():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    x = torch.randn(1, 8, 4, 4, device="cuda:1")
+    y = fastconv.ops.depthwise(x, torch.ones(8, 1, 3, 3, device="cuda:1"))
+    assert y.device == x.device
+    assert torch.cuda.current_device() == 0
+
+
+def test_operators_compile():
+    """torch.compile takes the operators in one graph, with the same results."""
+    x, weight, bias, *_ = arguments("depthwise", torch.float16, torch.channels_last)
+
+    def block(x):
+        y = torch.ops.fastconv.depthwise(x, weight, bias, (2, 1), (2, 1), "hardswish")
+        return torch.ops.fastconv.pointwise(y, torch.eye(24, device="cuda", dtype=x.dtype).view(24, 24, 1, 1))
+
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+def test_network():
+    """A whole network through fastconv.optimize on the GPU, in fp32, within the bound that holds on CPU."""
+    torch.manual_seed(0)
+    for name in ("mobilenet_v2", "squeezenet1_1"):
+        model = fastconv.models.get_model(name).eval().cuda().to(memory_format=torch.channels_last)
+        x = torch.randn(2, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            wanted = fastconv.revert(fastconv.optimize(model)).double()(x.double())
+            y = fastconv.optimize(model)(x)
+        assert ((y - wanted).norm() / wanted.norm()).item() < 1e-5
