@@ -1,0 +1,193 @@
+"""What a plan is made of: layers with their batch norm folded in, and the kernels that run one or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv import ops
+
+Pair = tuple[int, int]
+
+# What the kernels can apply to their outputs.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a parameter or buffer lives: its module's dictionary and the key in it."""
+
+    owner: dict[str, Tensor | None]
+    key: str
+
+    def tensor(self) -> Tensor:
+        return self.owner[self.key]
+
+    def place(self) -> tuple[int, str]:
+        return id(self.owner), self.key
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """Batch norm in eval mode."""
+
+    mean: Source
+    var: Source
+    weight: Source | None
+    bias: Source | None
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """activation(norm(conv(x))), or the same with a linear map; also its own kernel where it is not part of a larger one."""
+
+    weight: Source
+    bias: Source | None
+    shape: tuple[int, ...]
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    norm: Norm | None = None
+    activation: str | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def linear(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether `fastconv.ops.depthwise` covers it."""
+        if self.linear:
+            return False
+        channels, depth, k, k2 = self.shape
+        return (
+            depth == 1
+            and self.groups == channels
+            and (k, k2) in ((3, 3), (5, 5))
+            and self.stride in ((1, 1), (2, 2))
+            and self.dilation == (1, 1)
+            and max(self.padding) < k
+        )
+
+    @property
+    def pointwise(self) -> bool:
+        geometry = (self.shape[2:], self.stride, self.padding, self.groups)
+        return not self.linear and geometry == ((1, 1), (1, 1), (0, 0), 1)
+
+    @property
+    def stem(self) -> bool:
+        """Whether the kernel for images covers it."""
+        return (
+            not self.linear
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and self.shape[1] <= 4
+            and max(self.shape[2:]) <= 7
+            and self.padding[0] < self.shape[2]
+            and self.padding[1] < self.shape[3]
+        )
+
+    def sources(self) -> list[Source]:
+        tensors = [self.weight, self.bias]
+        if self.norm:
+            tensors += [self.norm.mean, self.norm.var, self.norm.weight, self.norm.bias]
+        return [source for source in tensors if source is not None]
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the batch norm in them, computed in float64: w' = w g / sqrt(v + eps), b' = beta + (b - m) g / sqrt(v + eps)."""
+        weight = self.weight.tensor().detach()
+        bias = None if self.bias is None else self.bias.tensor().detach()
+        if self.norm is None:
+            return weight, bias
+
+        def wide(source: Source) -> Tensor:  # on the CPU, since not every device has float64
+            return source.tensor().detach().to("cpu", torch.float64)
+
+        norm = self.norm
+        scale = (wide(norm.var) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * wide(norm.weight)
+        shift = -wide(norm.mean) if self.bias is None else wide(self.bias) - wide(norm.mean)
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + wide(norm.bias)
+        scaled = wide(self.weight) * scale.view(-1, *[1] * (len(self.shape) - 1))
+        return scaled.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
+
+
+class Conv2d:
+    """A convolution that no kernel covers, with its batch norm folded, through ATen."""
+
+    kernel = "ATen conv2d"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, layer: Layer) -> None:
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.activation = ACTIVATIONS.get(layer.activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.conv2d(x, self.weight, self.bias, *self.geometry)
+        return self.activation(y, inplace=True) if self.activation else y
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One call of fastconv: the operation `op` over its layers (None where an optional one is missing)."""
+
+    op: str
+    layers: tuple[Layer | None, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    squeeze_excite: tuple[Layer, Layer, str] | None = None
+
+    def sources(self) -> list[Source]:
+        layers = (*self.layers, *(self.squeeze_excite or ())[:2])
+        return [source for layer in layers if layer is not None for source in layer.sources()]
+
+    def prepare(self) -> Callable[..., Tensor]:
+        """The callable that owns the folded and packed weights."""
+        if self.op == "conv2d":
+            return Conv2d(*self.layers[0].folded(), self.layers[0])
+        weights = [tensor for layer in self.layers for tensor in (layer.folded() if layer else (None, None))]
+        options = dict(self.options)
+        if self.squeeze_excite:
+            reduce, expand, gate = self.squeeze_excite
+            w1, b1, w2, b2 = (*_as_conv(reduce), *_as_conv(expand))
+            options["squeeze_excite"] = (w1, b1, w2, b2, reduce.activation, gate)
+        return getattr(ops, f"prepare_{self.op}")(*weights, **options)
+
+
+def _as_conv(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    weight, bias = layer.folded()
+    return weight.reshape(*weight.shape[:2], 1, 1), bias
+
+
+def kernel_of(layer: Layer) -> Kernel:
+    """The kernel for a layer on its own."""
+    if layer.linear:
+        return Kernel("linear", (layer,), {"activation": layer.activation})
+    if layer.pointwise:
+        return Kernel("pointwise", (layer,), {"activation": layer.activation})
+    options = {"stride": layer.stride, "padding": layer.padding, "activation": layer.activation}
+    if layer.depthwise:
+        return Kernel("depthwise", (layer,), options)
+    if layer.stem:
+        return Kernel("stem", (layer,), options)
+    return Kernel("conv2d", (layer,))

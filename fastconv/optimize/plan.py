@@ -1,0 +1,339 @@
+"""The execution plan of a module: a flat list of kernel calls, and the watch over the tensors they were made from."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
+
+from fastconv.optimize.layers import Kernel, Source
+from fastconv.optimize.match import Hazard, match
+from fastconv.optimize.trace import Untraceable, hooked, trace
+
+# What to call, from which slots, into which slot.
+Step = tuple[Any, tuple[int, ...], int]
+
+_version = operator.attrgetter("_version")
+_LAYOUT_FREE_MODULES = tuple(
+    f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "dropout", "instancenorm", "normalization", "padding", "pooling", "upsampling")
+)
+_LAYOUT_FREE_METHODS = ("size", "dim", "chunk", "split", "contiguous", "expand_as", "mean", "add", "sub", "mul", "div", "flatten", "reshape")
+_LAYOUT_FREE_FUNCTIONS = {
+    *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.flatten, torch.reshape, torch.mean, torch.sigmoid),
+    *(getattr(nn.functional, name) for name in ("relu", "relu6", "hardswish", "hardsigmoid", "silu", "leaky_relu", "elu", "gelu")),
+    *(getattr(nn.functional, name) for name in ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "pad", "softmax")),
+}
+
+
+def plain(x: Any) -> bool:
+    """Whether x is an ordinary tensor, outside autocast, forward-mode differentiation, torch.func, torch.compile, export and
+    jit tracing, and without hooks on every module: where a plan computes just what the module would."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
+        and forward_ad._current_level < 0
+        and not (_global_forward_hooks or _global_forward_pre_hooks)
+    )
+
+
+class Watch:
+    """Notices when the parameters, buffers, submodules or hooks that a plan was made from have changed."""
+
+    def __init__(self, module: nn.Module, sources: list[Source]) -> None:
+        sources = list({source.place(): source for source in sources}.values())
+        self.places = [source.place() for source in sources]
+        self.owners, self.keys = [source.owner for source in sources], [source.key for source in sources]
+        self.tensors = [source.tensor() for source in sources]
+        # An inference tensor counts no versions. A weight moved by `.to()` keeps its identity and version, not its address.
+        self.counted = [tensor.detach() for tensor in self.tensors if not tensor.is_inference()]
+        self.versions = list(map(_version, self.counted))
+        self.addressed = [tensor for tensor in self.tensors if tensor.dim() > 1 or tensor.is_inference()]
+        self.addresses = list(map(Tensor.data_ptr, self.addressed))
+        self.states = [(id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in self.tensors]
+        self.shapes = [tensor.shape for tensor in self.tensors]
+        self.modules = list(module.modules())
+        self.children = [child._modules for child in self.modules if child._modules]
+        self.children_then = [dict(children) for children in self.children]
+        self.hooks = [hooked(child) for child in self.modules]
+        self.handles = RemovableHandle.next_id
+
+    def same_structure(self) -> bool:
+        if self.children != self.children_then:
+            return False
+        if self.handles != RemovableHandle.next_id:
+            if [hooked(child) for child in self.modules] != self.hooks:
+                return False
+            self.handles = RemovableHandle.next_id
+        return True
+
+    def unchanged(self) -> bool:
+        return (
+            list(map(_version, self.counted)) == self.versions
+            and all(map(operator.is_, map(dict.get, self.owners, self.keys), self.tensors))
+            and list(map(Tensor.data_ptr, self.addressed)) == self.addresses
+            and self.same_structure()
+        )
+
+    def changed(self, new: Watch) -> set[tuple[int, str]]:
+        """The places whose tensors differ in `new`, a later watch over the same places."""
+        return {place for place, then, now in zip(self.places, self.states, new.states) if then != now}
+
+
+class Program:
+    """What was found in a module: the matched graph and its steps, or, where the module does not trace, its children's plans.
+
+    `problem` says why the module as a whole has no graph. Nothing here depends on the values of parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.graph: fx.Graph | None = None
+        self.identities: list[str] = []
+        self.leaves: dict[nn.Module, str] = {}
+        self.children: dict[str, Plan] = {}
+        self.problem: str | None = None
+        self.stand_in: nn.Module | None = None
+        self.images: list[int] = []
+        self.inputs = self.slots = 0
+        self.steps: list[Step] = []
+        try:
+            graph = trace(module, self.leaves)
+            self.identities = match(graph, module)
+        except (Untraceable, Hazard) as problem:
+            self.problem = str(problem)
+            self.stand_in = self._descend(module, "")
+        else:
+            self.graph = graph
+            self._schedule(module)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        return [call for call, _, _ in self.steps if isinstance(call, Kernel)]
+
+    @property
+    def sources(self) -> list[Source]:
+        return [source for kernel in self.kernels for source in kernel.sources()]
+
+    @property
+    def useful(self) -> bool:
+        return bool(self.kernels or self.children)
+
+    def _schedule(self, module: nn.Module) -> None:
+        """Numbers the values; a step writes over a value that is used for the last time, so that memory is freed in time."""
+        modules = dict(module.named_modules(remove_duplicate=False))
+        stand_ins = {}
+        for name, leaf in modules.items():
+            if leaf in self.leaves and leaf not in stand_ins and (stand_in := self._descend(leaf, f"{name}.")):
+                stand_ins[leaf] = stand_in
+        modules = {name: stand_ins.get(leaf, leaf) for name, leaf in modules.items()}
+        last = {argument: node for node in self.graph.nodes for argument in node.all_input_nodes}
+        slots: dict[fx.Node, int] = {}
+        free: list[int] = []
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                slots[node] = self.slots
+                self.slots += 1
+                self.inputs += 1
+                if "shape" in node.meta:
+                    self.images.append(slots[node])
+                continue
+            kernel = isinstance(node.target, Kernel)
+            arguments = node.args if kernel else node.all_input_nodes
+            reads = tuple(slots[argument] for argument in arguments)
+            free += [slots[argument] for argument in node.all_input_nodes if last[argument] is node]
+            if not free:
+                free.append(self.slots)
+                self.slots += 1
+            slots[node] = free.pop()
+            if node not in last:
+                free.append(slots[node])
+            self.steps.append((node.target if kernel else _call(node, modules), reads, slots[node]))
+        self.result = slots[node]
+
+    def _descend(self, module: nn.Module, prefix: str) -> nn.Module | None:
+        """A shallow twin of `module`, with the same tensors, whose children run their own plans; None if there is nothing to plan."""
+        children: dict[str, nn.Module | None] = {}
+        for name, child in module._modules.items():
+            children[name] = child
+            if child is None or hooked(child):
+                continue
+            plan = Plan(child)
+            if plan.program.useful:
+                self.children[prefix + name] = plan
+                children[name] = _twin(child, forward=plan)
+                if plan.program.stand_in is not None:
+                    children[name].__dict__["_modules"] = plan.program.stand_in._modules
+        return _twin(module, _modules=children) if children != module._modules else None
+
+
+def _twin(module: nn.Module, **attributes: Any) -> nn.Module:
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(attributes)
+    return twin
+
+
+def _rebuild(tree: Any, values: dict[fx.Node, Any]) -> Any:
+    """`tree` of FX arguments with its nodes replaced by their values."""
+    if isinstance(tree, fx.Node):
+        return values[tree]
+    if isinstance(tree, tuple):
+        items = [_rebuild(item, values) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [_rebuild(item, values) for item in tree]
+    if isinstance(tree, dict):
+        return {key: _rebuild(item, values) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(_rebuild(item, values) for item in (tree.start, tree.stop, tree.step)))
+    return tree
+
+
+def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
+    """The step for a node that no kernel took: a function of its input values, in the order of `node.all_input_nodes`."""
+    nodes = node.all_input_nodes
+    if node.op == "get_attr":
+        owner, _, name = node.target.rpartition(".")
+        return lambda: getattr(modules[owner], name)
+    if node.op == "output":
+        tree = node.args[0]
+        return (lambda value: value) if isinstance(tree, fx.Node) else lambda *values: _rebuild(tree, dict(zip(nodes, values)))
+    if node.op == "call_module":
+        function = modules[node.target]
+        free = type(function).__module__ in _LAYOUT_FREE_MODULES
+    elif node.op == "call_method":
+        function = _method(node.target)
+        free = node.target in _LAYOUT_FREE_METHODS
+    else:
+        function = node.target
+        free = function in _LAYOUT_FREE_FUNCTIONS
+    args, kwargs = node.args, node.kwargs
+    if list(args) == nodes and not kwargs:
+        call = function
+    elif len(nodes) == 1 and args and args[0] is nodes[0]:
+        rest = args[1:]
+        call = lambda x: function(x, *rest, **kwargs)  # noqa: E731
+    else:
+        def call(*values: Any) -> Any:
+            known = dict(zip(nodes, values))
+            return function(*_rebuild(args, known), **_rebuild(kwargs, known))
+    return call if free else lambda *values: call(*map(_contiguous, values))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+
+
+def _contiguous(value: Any) -> Any:
+    """As the module's own code may ask for a view that only the default memory format allows."""
+    return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
+
+
+def _formatted(value: Any, x: Tensor) -> Any:
+    """`value` with its images in the memory format of `x`, the input."""
+    if isinstance(value, Tensor):
+        if value.dim() != 4:
+            return value
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_formatted(item, x) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_formatted(item, x) for item in value)
+    if type(value) is dict:
+        return {key: _formatted(item, x) for key, item in value.items()}
+    return value
+
+
+class Ready(NamedTuple):
+    """A program with its kernels' weights folded and packed. Immutable, so that threads can share it."""
+
+    program: Program
+    watch: Watch
+    steps: list[Step] | None
+
+
+class Plan:
+    """Runs `module` (in eval mode) through fastconv's kernels, without gradients.
+
+    `plan(*args)` gives what the module's `method`, its forward, gives. Weights are folded and packed on the first call and again, layer by layer,
+    when the module's tensors change; a changed submodule or hook makes a new program. Calls that a plan does not serve (keywords,
+    arguments with default values, tensors that want gradients, inputs that are not batches of images) go to the module's `method`.
+    Threads may share a plan.
+    """
+
+    def __init__(self, module: nn.Module, method: str = "forward") -> None:
+        self.module = module
+        self.method = method
+        self._ready: Ready | None = None
+        self._program: Program | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def program(self) -> Program:
+        """The program, found on first use; without weights yet."""
+        with self._lock:
+            if self._ready is not None:
+                return self._ready.program
+            if self._program is None:
+                self._program = Program(self.module)
+            return self._program
+
+    def prepare(self) -> Ready:
+        """The program with weights as they are now."""
+        ready = self._ready
+        if ready is not None and ready.watch.unchanged():
+            return ready
+        with self._lock:
+            if self._ready is None or not self._ready.watch.unchanged():
+                # Outside inference mode, for the packed tensors outlive it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._ready = self._renewed(self._ready)
+            return self._ready
+
+    def _renewed(self, old: Ready | None) -> Ready:
+        program = old.program if old and old.watch.same_structure() else None
+        watch = program and Watch(self.module, program.sources)
+        if program is None or watch.shapes != old.watch.shapes:
+            old = None
+            program = self._program or Program(self.module)
+            self._program = None
+            watch = Watch(self.module, program.sources)
+        if not program.kernels or any(tensor.is_meta for tensor in watch.tensors):
+            return Ready(program, watch, None)
+        changed = old.watch.changed(watch) if old and old.steps else None
+        steps = []
+        for i, (call, reads, write) in enumerate(program.steps):
+            if isinstance(call, Kernel):
+                keep = changed is not None and not any(source.place() in changed for source in call.sources())
+                call = old.steps[i][0] if keep else call.prepare()
+            steps.append((call, reads, write))
+        return Ready(program, watch, steps)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        if kwargs or not args or not all(plain(x) and not (grad and x.requires_grad) for x in args):
+            return getattr(self.module, self.method)(*args, **kwargs)
+        return self.run(*args)
+
+    def run(self, *args: Tensor) -> Any:
+        """The call itself, for plain tensors that want no gradient."""
+        program, _, steps = self.prepare()
+        if program.stand_in is not None:
+            return getattr(program.stand_in, self.method)(*args)
+        if steps is None or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):
+            return getattr(self.module, self.method)(*args)
+        values = [*args, *[None] * (program.slots - len(args))]
+        for call, reads, write in steps:
+            values[write] = call(*[values[i] for i in reads])
+        return _formatted(values[program.result], args[0])

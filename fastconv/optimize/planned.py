@@ -1,0 +1,49 @@
+"""A module that runs as a plan in inference and as plain torch otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastconv.optimize.plan import Plan, plain
+
+__all__ = ["Plan", "Planned"]
+
+
+class Planned(nn.Module):
+    """Base of the layers and models: subclasses write `_forward(x)` with submodules and torch functions, as torch.fx can trace it.
+
+    In eval mode, when no gradient is wanted (grad mode off, or neither x nor a parameter requires it), `forward` runs the Plan of
+    `_forward`; otherwise, and under autocast, torch.compile, torch.export and torch.func, it runs `_forward` itself. The plan follows
+    every change of a parameter, buffer, hook or submodule, except writes through `.data` in place, which PyTorch does not count.
+    It is a cache: absent from state_dict, and neither pickled nor copied.
+    """
+
+    _plan: Plan | None = None
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _forward")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not plain(x):
+            return self._forward(x)
+        if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
+            return self._forward(x)
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = Plan(self, "_forward")
+        return plan.run(x)
+
+    def train(self, mode: bool = True) -> Planned:
+        if any(module.training != mode for module in self.modules()):
+            self._plan = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Planned:
+        self._plan = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_plan"}
