@@ -205,3 +205,11 @@ def test_the_toolchain_check_names_what_is_missing(monkeypatch):
     assert "venv module is missing" in missing()
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     assert "is Python 3.9: install Python 3.10 or later" in missing()
+
+
+@pytest.mark.parametrize("first", ["fastconv.nn", "fastconv.models", "fastconv.optimize", "fastconv.cli", "fastconv.optimize.planned"])
+def test_the_public_names_do_not_depend_on_what_was_imported_first(first):
+    """`optimize` is a function and the package it lives in; importing a part of the package must not hide the function."""
+    script = f"import {first}, fastconv; print(*[callable(getattr(fastconv, name)) for name in ('optimize', 'explain', 'revert')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
