@@ -23,7 +23,8 @@ Tensor activate(const Tensor& x, const OptionalString& activation) {
   return activation ? call(("aten::" + *activation).c_str(), "", x) : x;
 }
 
-Tensor add(const Tensor& x, const Tensor& y) { return call("aten::add", "Tensor", x, y, 1.0); }
+// The stable ABI hands no Scalar to the dispatcher, and add takes one; x - (-y) has the same bits.
+Tensor add(const Tensor& x, const Tensor& y) { return torch::stable::subtract(x, call("aten::neg", "", y)); }
 
 Tensor cat_channels(const Tensor& x, const Tensor& y) { return call("aten::cat", "", std::vector<Tensor>{x, y}, int64_t{1}); }
 
