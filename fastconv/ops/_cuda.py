@@ -1,4 +1,5 @@
 """Registers the Triton kernels for CUDA. Triton itself is imported when the first one runs."""
+
 import importlib
 import importlib.util
 
@@ -48,19 +49,19 @@ def _run(op: str, why: str | None, **arguments) -> Tensor:
 
 
 def depthwise(x, weight, bias=None, stride=(1, 1), padding=(1, 1), activation=None):
-    arguments = dict(x=x, weight=weight, bias=bias, stride=stride, padding=padding, activation=activation)
+    arguments = {"x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding, "activation": activation}
     _checks.depthwise(**arguments)
     return _run("depthwise", uncovered(x, weight, stride, padding), **arguments)
 
 
 def pointwise(x, weight, bias=None, residual=None, activation=None):
-    arguments = dict(x=x, weight=weight, bias=bias, residual=residual, activation=activation)
+    arguments = {"x": x, "weight": weight, "bias": bias, "residual": residual, "activation": activation}
     _checks.pointwise(**arguments)
     return _run("pointwise", uncovered(x, weight), **arguments)
 
 
 def fire_expand(x, weight1x1, bias1x1, weight3x3, bias3x3):
-    arguments = dict(x=x, weight1x1=weight1x1, bias1x1=bias1x1, weight3x3=weight3x3, bias3x3=bias3x3)
+    arguments = {"x": x, "weight1x1": weight1x1, "bias1x1": bias1x1, "weight3x3": weight3x3, "bias3x3": bias3x3}
     _checks.fire_expand(**arguments)
     return _run("fire_expand", uncovered(x, weight3x3), **arguments)
 

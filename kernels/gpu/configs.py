@@ -116,7 +116,7 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile:
 def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int) -> DepthwiseTile:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     padded = [-(-channels // tile.channels) * tile.channels for tile in tiles]
-    return next(tile for tile, lanes in zip(tiles, padded) if 8 * lanes <= 9 * min(padded))
+    return next(tile for tile, lanes in zip(tiles, padded, strict=False) if 8 * lanes <= 9 * min(padded))
 
 
 def _matmul(tiles: tuple[MatmulTile, ...], problem: Problem) -> MatmulTile:

@@ -55,7 +55,7 @@ def fire_expand_kernel(
         acc3 = dot(x, w3, acc3, PRECISION)
     # the other eight, as one loop so that loads are pipelined across taps
     steps = tl.cdiv(C, DEPTH)
-    for step in range(0, 8 * steps):
+    for step in range(8 * steps):
         tap = step // steps
         c0 = (step - tap * steps) * DEPTH
         tap = tl.where(tap < 4, tap, tap + 1)

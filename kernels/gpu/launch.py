@@ -39,7 +39,7 @@ def nhwc(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def kernel_order(weight: torch.Tensor) -> torch.Tensor:
-    """The same weight in the memory order the kernels read: (K, K, C) if depthwise, else (Cout, K, K, Cin). Itself, if it is in that order."""
+    """The same weight in the memory order that the kernels read: (K, K, C) if depthwise, else (Cout, K, K, Cin). Copies only if it must."""
     order = (2, 3, 0, 1) if weight.shape[1] == 1 and weight.shape[2] > 1 else (0, 2, 3, 1)
     inverse = [order.index(dim) for dim in range(4)]
     return weight.permute(order).contiguous().permute(inverse)
@@ -52,8 +52,10 @@ def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
 def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    filled = result if result.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(result, memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    is_nhwc = result.is_contiguous(memory_format=torch.channels_last)
+    filled = result if is_nhwc else torch.empty_like(result, memory_format=torch.channels_last)
     return result, filled
 
 

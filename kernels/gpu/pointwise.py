@@ -1,4 +1,7 @@
-"""Pointwise (1x1) convolution, a matrix product over pixels: y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o])."""
+"""Pointwise (1x1) convolution, a matrix product over pixels:
+
+y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o])
+"""
 
 import torch
 import triton

@@ -95,7 +95,7 @@ def check_depthwise(dtype, device, case, channels_last):
     x, weight = randn((n, c, h, w), dtype, device, channels_last), randn((c, 1, k, k), dtype, device)
     bias = randn((c,), dtype, device) if with_bias else None
     y = launcher("depthwise")(x, weight, bias, stride, padding, activation)
-    options = dict(stride=stride, padding=padding)
+    options = {"stride": stride, "padding": padding}
     wanted = reference.depthwise(*double(x, weight, bias), **options, activation=activation)
     check(x, y, wanted, reference.depthwise(*magnitudes(x, weight, bias), **options), k * k + 1)
 
@@ -158,7 +158,8 @@ def check_weight_order(device):
     from fastconv.kernels.gpu import launch
 
     x = torch.randn(1, 24, 6, 6, device=device)
-    for op, shape in (("depthwise", (24, 1, 3, 3)), ("depthwise", (24, 1, 5, 5)), ("pointwise", (8, 24, 1, 1)), ("pointwise", (8, 1, 1, 1))):
+    weights = ("depthwise", (24, 1, 3, 3)), ("depthwise", (24, 1, 5, 5)), ("pointwise", (8, 24, 1, 1)), ("pointwise", (8, 1, 1, 1))
+    for op, shape in weights:
         weight = torch.randn(shape, device=device)
         ordered = launch.kernel_order(weight)
         assert torch.equal(ordered, weight)
@@ -183,10 +184,6 @@ class Checks:
     """The tests themselves, for a subclass that says where (`device`) and has a fixture `dtype`."""
 
     device: str
-
-    @pytest.fixture(autouse=True)
-    def _seed(self):
-        torch.manual_seed(0)
 
     @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
     @pytest.mark.parametrize("case", DEPTHWISE, ids=str)

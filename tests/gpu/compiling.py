@@ -27,27 +27,29 @@ def jobs() -> list[dict]:
             for dtype in DTYPES[kind]:
                 for tile in tiles:
                     for kernel, stride in ((3, 1), (5, 2)):  # the stride changes one multiplier, and no register
-                        constants = dict(K=kernel, STRIDE_H=stride, STRIDE_W=stride, ALIGN=8, WIDE=False, ACTIVATION="silu")
-                        constants |= dict(ROWS=tile.rows, COLS=tile.cols, CHANNELS=tile.channels)
-                        found.append(dict(op="depthwise", arch=arch, dtype=dtype, constants=constants, num_warps=tile.num_warps, num_stages=3))
+                        constants = {"K": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": 8, "WIDE": False, "ACTIVATION": "silu"}
+                        constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
+                        options = {"num_warps": tile.num_warps, "num_stages": 3}
+                        found.append({"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options})
         for op, table in (("pointwise", configs.POINTWISE), ("fire_expand", configs.FIRE_EXPAND)):
             for kind, tiles in table[arch].items():
                 for dtype in DTYPES[kind]:
                     for tile in tiles:
-                        constants = dict(ALIGN_IN=8, PRECISION="tf32" if dtype == "tf32" else "ieee")
-                        constants |= dict(PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth)
+                        constants = {"ALIGN_IN": 8, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+                        constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
                         if op == "pointwise":
-                            constants |= dict(ALIGN_OUT=8, ACTIVATION="silu")
+                            constants |= {"ALIGN_OUT": 8, "ACTIVATION": "silu"}
                         else:
-                            constants |= dict(ALIGN_1X1=8, ALIGN_3X3=8, WIDE=False)
-                        found.append(dict(op=op, arch=arch, dtype=dtype, constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages))
+                            constants |= {"ALIGN_1X1": 8, "ALIGN_3X3": 8, "WIDE": False}
+                        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+                        found.append({"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": options})
     return found
 
 
 def name(job: dict) -> str:
     c = job["constants"]
     tile = (c["ROWS"], c["COLS"], c["CHANNELS"]) if job["op"] == "depthwise" else (c["PIXELS"], c["CHANNELS"], c["DEPTH"])
-    variant = f"-k{c['K']}s{c['STRIDE_H']}" if job["op"] == "depthwise" else f"-stages{job['num_stages']}"
+    variant = f"-k{c['K']}s{c['STRIDE_H']}" if job["op"] == "depthwise" else f"-stages{job['options']['num_stages']}"
     return f"{job['op']}-{job['arch']}-{job['dtype']}-{'x'.join(map(str, tile))}{variant}"
 
 
@@ -71,7 +73,7 @@ def compile_job(job: dict) -> dict:
             signature[argument] = "i32"
     source = ASTSource(kernel, signature, constexprs=job["constants"], attrs=aligned)
     target = GPUTarget("cuda", int(job["arch"].removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=job["num_warps"], num_stages=job["num_stages"]))
+    compiled = triton.compile(source, target=target, options=job["options"])
     usage, ptx = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     loads = [int(count or 1) * int(bits) for count, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
     loads += [8 * int(size, 16) for size in re.findall(r"cp\.async\S* \[.*\], \[.*\], (0x\w+)", ptx)]
@@ -112,7 +114,7 @@ def compile_all(known: dict[str, dict]) -> dict[str, dict]:
     # spawn: triton and torch hold threads that do not survive a fork
     workers = min(len(missing), os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return known | {key(job): facts for job, facts in zip(missing, pool.map(compile_job, missing, chunksize=4))}
+        return known | {key(job): facts for job, facts in zip(missing, pool.map(compile_job, missing, chunksize=4), strict=False)}
 
 
 if __name__ == "__main__":

@@ -25,14 +25,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def test_forced_backend_reaches_the_kernels(monkeypatch):
         """FASTCONV_BACKEND=triton: the public operator runs the Triton kernel on CPU tensors."""
-        import fastconv
         from fastconv.kernels.gpu import pointwise
+
+        import fastconv
 
         launched = []
         kernel = pointwise.pointwise
         monkeypatch.setattr(pointwise, "pointwise", lambda **arguments: launched.append(1) or kernel(**arguments))
         x, weight = torch.randn(1, 3, 4, 4), torch.randn(8, 3, 1, 1)
-        torch.testing.assert_close(fastconv.ops.pointwise(x, weight, activation="relu"), fastconv.reference.pointwise(x, weight, activation="relu"))
+        y = fastconv.ops.pointwise(x, weight, activation="relu")
+        torch.testing.assert_close(y, fastconv.reference.pointwise(x, weight, activation="relu"))
         assert launched
 
 else:

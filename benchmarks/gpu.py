@@ -1,0 +1,342 @@
+"""Times the GPU kernels on the layers of the six networks, and the networks: `python benchmarks/gpu.py --out DIR [--minutes 8]`.
+
+Every layer (benchmarks/shapes/*.txt) runs as fastconv's operator, as eager cuDNN (channels_last, benchmark mode: convolution, bias,
+activation) and, while time is left, as the same through torch.compile(mode="max-autotune-no-cudagraphs"). A result is checked
+against float64 before it is timed. Times are medians of CUDA events with the L2 cache flushed before each run; the flush also
+covers the launch, so host time does not count. GB/s counts input, output and weights once; percent is of a measured copy.
+
+Writes DIR/gpu.json (everything), DIR/gpu.txt (the tables) and, with matplotlib, DIR/gpu-<dtype>.png. Exits 1 if a result was wrong
+or a measurement failed.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+SHAPES = Path(__file__).parent / "shapes"
+OPS = ("depthwise", "pointwise", "fire_expand")
+NETS = ("squeezenet1_0", "squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+# "tf32": float32 tensors with tf32 allowed, for cuDNN and fastconv alike; "fp32": allowed for neither
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+BATCHES = (128, 32)
+WRONG = {"bf16": 8e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # largest relative L2 error of a layer against float64
+
+
+def read_shapes(op: str) -> dict[tuple, list[str]]:
+    """{(C, H, W, Cout, K, stride, padding): ["net layer", ...]}, each distinct shape once."""
+    shapes: dict[tuple, list[str]] = {}
+    for line in (SHAPES / f"{op}.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            net, layer, _, *numbers = line.split()
+            shapes.setdefault(tuple(map(int, numbers)), []).append(f"{net} {layer}")
+    return shapes
+
+
+class Clock:
+    """Medians of CUDA-event times, the L2 cache flushed before each run."""
+
+    def __init__(self) -> None:
+        # four times the L2 cache at least; long enough to write that the next launches queue up behind it
+        self.flush = torch.empty(max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**29), dtype=torch.int8, device="cuda")
+
+    def __call__(self, run, repeats: int = 20) -> float:
+        """Microseconds."""
+        for _ in range(3):
+            run()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+    """(fastconv's function, the same in plain torch, its arguments, bytes moved)."""
+    import fastconv
+
+    c, h, w, out, k, stride, padding = shape
+
+    def tensor(*size, scale=1.0):
+        t = torch.randn(size, device="cuda", dtype=dtype) * scale
+        return t.contiguous(memory_format=torch.channels_last) if len(size) == 4 else t
+
+    x = tensor(batch, c, h, w)
+    if op == "depthwise":
+        from fastconv.kernels.gpu.launch import kernel_order
+
+        weight, bias = tensor(c, 1, k, k, scale=1 / k), tensor(c)
+        ordered = kernel_order(weight)  # as fastconv.optimize keeps it
+
+        def plain(x, weight, bias):
+            return F.relu6(F.conv2d(x, weight, bias, stride, padding, groups=c))
+
+        def ours(x, weight, bias):
+            return torch.ops.fastconv.depthwise(x, ordered, bias, [stride] * 2, [padding] * 2, "relu6")
+
+        args = (x, weight, bias)
+    elif op == "pointwise":
+
+        def plain(x, weight, bias):
+            return F.relu6(F.conv2d(x, weight, bias))
+
+        def ours(x, weight, bias):
+            return torch.ops.fastconv.pointwise(x, weight, bias, None, "relu6")
+
+        args = (x, tensor(out, c, 1, 1, scale=c**-0.5), tensor(out))
+    else:
+        plain, ours = fastconv.reference.fire_expand, torch.ops.fastconv.fire_expand
+        half = out // 2
+        args = (x, tensor(half, c, 1, 1, scale=c**-0.5), tensor(half), tensor(half, c, 3, 3, scale=(9 * c) ** -0.5), tensor(half))
+    out_h, out_w = (h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1
+    moved = (sum(t.numel() for t in args) + batch * out * out_h * out_w) * x.element_size()
+    return ours, plain, args, moved
+
+
+def relative_error(y: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((y.double() - wanted).norm() / wanted.norm()).item()
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+class Run:
+    """Collects rows until the deadline; a failure becomes a row too."""
+
+    def __init__(self, minutes: float) -> None:
+        self.began = time.monotonic()
+        self.seconds = 60 * minutes
+        self.clock = Clock()
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+
+    def past(self, share: float) -> bool:
+        return time.monotonic() - self.began > share * self.seconds
+
+    def guarded(self, what: str, measure) -> None:
+        """One layer or network that fails must not lose the others' figures."""
+        try:
+            measure()
+        except Exception as error:
+            text = f"{what}: {type(error).__name__}: {error}"
+            self.failures.append(text[:500])
+            print(f"FAILED {text[:500]}", flush=True)
+            torch.cuda.empty_cache()
+
+    def copy_rate(self) -> float:
+        """GB/s of a large device-to-device copy, bytes read plus bytes written."""
+        source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_()
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self.clock(lambda: target.copy_(source)) / 1e3
+
+    def layers(self, share: float) -> None:
+        for dtype_name, dtype in DTYPES.items():
+            allow_tf32(dtype_name == "tf32")
+            for batch in BATCHES:
+                for op in OPS:
+                    for shape, names in read_shapes(op).items():
+                        if self.past(share):
+                            return
+                        row = {"op": op, "shape": shape, "names": names, "batch": batch, "dtype": dtype_name}
+                        self.guarded(f"{op} {shape} batch {batch} {dtype_name}", lambda row=row, dtype=dtype: self.one_layer(row, dtype))
+
+    def one_layer(self, row: dict, dtype: torch.dtype) -> None:
+        ours, plain, args, moved = layer(row["op"], row["shape"], row["batch"], dtype)
+        # a float64 reference of four images costs little, and takes the same tile as the whole batch
+        few = (args[0][:4].contiguous(memory_format=torch.channels_last), *args[1:])
+        row["error"] = relative_error(ours(*few), plain(*(t.double() for t in few)))
+        if not row["error"] < WRONG[row["dtype"]]:
+            raise ArithmeticError(f"relative error {row['error']:.2e} against float64")
+        if not torch.equal(ours(*args)[:4], ours(*few)):
+            raise ArithmeticError("a batch and its first images give different bits")
+        row["fastconv_us"] = self.clock(lambda: ours(*args))
+        row["eager_us"] = self.clock(lambda: plain(*args))
+        row["gb_s"] = moved / row["fastconv_us"] / 1e3
+        self.rows.append(row)
+
+    def compiled_layers(self, share: float) -> None:
+        """torch.compile's best on the slowest layers first."""
+        allow_tf32(False)
+        first = [row for row in self.rows if row["dtype"] == "bf16" and row["batch"] == BATCHES[0]]
+        for row in sorted(first, key=lambda row: -row["eager_us"] * len(row["names"])):
+            if self.past(share):
+                return
+            self.guarded(f"torch.compile {row['op']} {row['shape']}", lambda row=row: self.one_compiled(row))
+
+    def one_compiled(self, row: dict) -> None:
+        torch._dynamo.reset()
+        _, plain, args, _ = layer(row["op"], row["shape"], row["batch"], DTYPES[row["dtype"]])
+        compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
+        row["compile_us"] = self.clock(lambda: compiled(*args))
+
+    def networks(self, share: float) -> list[dict]:
+        import fastconv
+        import fastconv.models
+
+        found: list[dict] = []
+
+        def one(name, dtype_name, batch):
+            torch.manual_seed(0)
+            allow_tf32(dtype_name == "tf32")
+            dtype = DTYPES[dtype_name]
+            model = fastconv.models.get_model(name).eval().cuda().to(memory_format=torch.channels_last)
+            x = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                wanted = eager_form(model).double()(x[:4].double())
+                eager = eager_form(model).to(dtype)
+                fast = fastconv.optimize(model.to(dtype))
+                x = x.to(dtype)
+                eager_error, error = relative_error(eager(x[:4]), wanted), relative_error(fast(x[:4]), wanted)
+                if not error <= max(2 * eager_error, 1e-5):
+                    raise ArithmeticError(f"relative logit error {error:.2e}, eager's own {eager_error:.2e}")
+                row = {"net": name, "dtype": dtype_name, "batch": batch, "error": error, "eager_error": eager_error}
+                row["fastconv_us"] = self.clock(lambda: fast(x), repeats=10)
+                row["eager_us"] = self.clock(lambda: eager(x), repeats=10)
+            found.append(row)
+
+        for dtype_name in DTYPES:
+            for batch in BATCHES:
+                for name in NETS:
+                    if self.past(share):
+                        return found
+                    self.guarded(f"{name} batch {batch} {dtype_name}", lambda n=name, d=dtype_name, b=batch: one(n, d, b))
+        return found
+
+
+def eager_form(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy in plain torch: fastconv's own layers would take the fused path in inference."""
+    import copy
+
+    from fastconv.optimize.planned import Planned
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Planned):
+            module.forward = module._forward
+    return model
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values))) if values else float("nan")
+
+
+def tables(results: dict) -> str:
+    lines = [
+        f"{results['device']}, torch {results['torch']}, triton {results['triton']}, copy {results['copy_gb_s']:.0f} GB/s",
+        "",
+        "layers: speed over eager cuDNN (geometric mean, worst), over torch.compile, and median share of the copy rate",
+    ]
+    for dtype in DTYPES:
+        for batch in BATCHES:
+            for op in OPS:
+                rows = [row for row in results["layers"] if (row["dtype"], row["batch"], row["op"]) == (dtype, batch, op)]
+                if rows:
+                    ratios = [row["eager_us"] / row["fastconv_us"] for row in rows]
+                    compiled = [row["compile_us"] / row["fastconv_us"] for row in rows if "compile_us" in row]
+                    share = 100 * statistics.median(row["gb_s"] for row in rows) / results["copy_gb_s"]
+                    text = f"  {dtype} batch {batch:3d} {op:12s} {len(rows):3d} shapes  eager x{geomean(ratios):.2f} (x{min(ratios):.2f})"
+                    text += f"  compile x{geomean(compiled):.2f} ({len(compiled)} shapes)" if compiled else ""
+                    lines.append(f"{text}  {share:.0f}% of copy")
+    lines += ["", "networks: images/s, and speed over eager channels_last"]
+    for row in results["networks"]:
+        rate = row["batch"] / row["fastconv_us"] * 1e6
+        speed = row["eager_us"] / row["fastconv_us"]
+        lines.append(f"  {row['dtype']} batch {row['batch']:3d} {row['net']:20s} {rate:10.0f}  x{speed:.2f}  error {row['error']:.1e}")
+    lines += ["", *(f"FAILED {failure}" for failure in results["failures"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def layer_table(results: dict) -> str:
+    widths = (12, 5, 5, 28, 11, 9, 10, 6, 5)
+    table = [("op", "dtype", "batch", "C H W Cout K stride padding", "fastconv us", "eager us", "compile us", "GB/s", "%copy")]
+    for row in results["layers"]:
+        shape = " ".join(map(str, row["shape"]))
+        compiled = f"{row['compile_us']:.1f}" if "compile_us" in row else ""
+        rates = f"{row['gb_s']:.0f}", f"{100 * row['gb_s'] / results['copy_gb_s']:.0f}"
+        table.append(
+            (row["op"], row["dtype"], row["batch"], shape, f"{row['fastconv_us']:.1f}", f"{row['eager_us']:.1f}", compiled, *rates)
+        )
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join(lines) + "\n"
+
+
+def charts(results: dict, out: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no charts")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for dtype in DTYPES:
+        rows = [row for row in results["layers"] if row["dtype"] == dtype and row["batch"] == BATCHES[0]]
+        if not rows:
+            continue
+        figure, axes = plt.subplots(1, len(OPS), figsize=(18, 14))
+        for axis, op in zip(axes, OPS, strict=False):
+            mine = [row for row in rows if row["op"] == op]
+            labels = [" ".join(map(str, row["shape"])) for row in mine]
+            axis.barh(labels, [row["eager_us"] / row["fastconv_us"] for row in mine], color="tab:blue")
+            axis.axvline(1, color="black", linewidth=1)
+            axis.invert_yaxis()
+            axis.tick_params(axis="y", labelsize=6)
+            axis.set_title(f"{op} {dtype}, batch {BATCHES[0]}: speed over eager cuDNN")
+        figure.tight_layout()
+        figure.savefig(out / f"gpu-{dtype}.png", dpi=120)
+        plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for gpu.json, gpu.txt and the charts")
+    parser.add_argument("--minutes", type=float, default=8, help="time to spend; what does not fit is left out")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was run")
+        return 0
+
+    import triton
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    run = Run(options.minutes)
+    results = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        "copy_gb_s": run.copy_rate(),
+        "layers": run.rows,
+        "networks": [],
+        "failures": run.failures,
+    }
+    with torch.inference_mode():
+        run.layers(0.55)
+        results["networks"] = run.networks(0.8)
+        run.compiled_layers(0.95)
+    results["seconds"] = time.monotonic() - run.began
+    text = tables(results)
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
+    (options.out / "gpu.txt").write_text(f"{text}\n{layer_table(results)}")
+    charts(results, options.out)
+    print(text)
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
