@@ -35,6 +35,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         whole = isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+        whole = whole and not hasattr(module, "_forward")  # fastconv's own convolutions trace to conv2d
         return whole or module in self.leaves or hooked(module) or super().is_leaf_module(module, name)
 
     def call_module(self, module: nn.Module, forward, args, kwargs):
