@@ -104,6 +104,18 @@ class Layer:
             and self.padding[1] < self.shape[3]
         )
 
+    def uncovered(self) -> str:
+        """Why a convolution that no kernel takes is none of theirs."""
+        k, k2 = self.shape[2:]
+        if self.dilation != (1, 1):
+            return f"dilation {self.dilation[0]}x{self.dilation[1]}"
+        if self.groups == 1:
+            stride = f" with stride {self.stride[0]}" if (k, k2) == (1, 1) else ""
+            return f"a dense {k}x{k2} convolution{stride} of {self.shape[1]} channels"
+        if self.groups != self.channels or self.shape[1] != 1:
+            return f"groups {self.groups}"
+        return f"a depthwise {k}x{k2} convolution with stride {self.stride} and padding {self.padding}"
+
     def sources(self) -> list[Source]:
         tensors = [self.weight, self.bias]
         if self.norm:
@@ -111,7 +123,7 @@ class Layer:
         return [source for source in tensors if source is not None]
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the batch norm in them, computed in float64: w' = w g / sqrt(v + eps), b' = beta + (b - m) g / sqrt(v + eps)."""
+        """Weight and bias with the batch norm in them, computed in float64: w' = w s and b' = beta + (b - mean) s, s = gamma / sqrt(var + eps)."""
         weight = self.weight.tensor().detach()
         bias = None if self.bias is None else self.bias.tensor().detach()
         if self.norm is None:
@@ -161,8 +173,10 @@ class Kernel:
         layers = (*self.layers, *(self.squeeze_excite or ())[:2])
         return [source for layer in layers if layer is not None for source in layer.sources()]
 
-    def prepare(self) -> Callable[..., Tensor]:
-        """The callable that owns the folded and packed weights."""
+    def prepare(self, like: Tensor | None) -> Callable[..., Tensor]:
+        """The callable that owns the folded and packed weights. like: a tensor of the device and dtype of kernels without weights."""
+        if not self.layers:
+            return getattr(ops, f"prepare_{self.op}")(**self.options, like=like)
         if self.op == "conv2d":
             return Conv2d(*self.layers[0].folded(), self.layers[0])
         weights = [tensor for layer in self.layers for tensor in (layer.folded() if layer else (None, None))]

@@ -39,16 +39,17 @@ _ACTIVATION_MODULES = {
 }
 _ACTIVATION_CALLS = {
     **{function: name for name, function in _FUNCTIONS.items()},
-    **{function: "relu" for function in (torch.relu, torch.relu_, F.relu_, "relu", "relu_")},
-    **{function: "sigmoid" for function in (torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_")},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
 }
 _CLAMPS = (torch.clamp, torch.clamp_, "clamp", "clamp_", F.hardtanh, F.hardtanh_)
-_DROPOUT_MODULES = tuple(getattr(nn, f"{name}Dropout{tail}").forward for name, tail in (("", ""), ("", "2d"), ("Alpha", ""), ("FeatureAlpha", "")))
+_DROPOUT_MODULES = (nn.Dropout.forward, nn.Dropout2d.forward, nn.AlphaDropout.forward, nn.FeatureAlphaDropout.forward)
 _DROPOUT_CALLS = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _DIV = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
-_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_SPLITS = ("chunk", "split", torch.chunk, torch.split)
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
 
 
@@ -233,8 +234,7 @@ class _Reader:
             name, x = self.hard(x) or (None, x)
         if name is None:
             return False
-        absorbed = [user for user in _between(node, x)]
-        _become(node, _FUNCTIONS[name], (x,), absorbed)
+        _become(node, _FUNCTIONS[name], (x,), _between(node, x))
         node.meta.update(activation=name, shape=x.meta.get("shape"), fresh=True)
         return True
 
@@ -416,9 +416,7 @@ class _Reader:
 
     def reshape(self, node: fx.Node, x: fx.Node, module: nn.Module | None) -> bool:
         """Between (N, C, 1, 1) or (N, C, H, W) and vectors, however it is written."""
-        shape = x.meta.get("shape")
-        if shape is None:
-            return False
+        shape = x.meta.get("shape") or ()
         target = None
         if module is not None and type(module).forward is nn.Flatten.forward:
             target = (module.start_dim, module.end_dim)
@@ -426,13 +424,13 @@ class _Reader:
             target = (values["start_dim"], values["end_dim"])
         elif _calls(node, (torch.reshape, "view", "reshape")):
             sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-            if len(sizes) == 2 and _size(sizes[0]) == (shape[0], 0) and sizes[1] == -1:
-                target = (1, -1)
-            elif len(sizes) == 2 and _size(sizes[0]) == (shape[0], 0) and _image(x) and shape[2] == () and _size(sizes[1]) == (shape[1], 1):
-                target = (1, -1)
-            elif len(sizes) == 4 and tuple(sizes[2:]) == (1, 1) and shape[2:] in ((), ((),)) and _size(sizes[0]) == (shape[0], 0):
-                if sizes[1] in (-1, shape[1]) or _size(sizes[1]) == (shape[1], 1):
-                    node.kwargs, node.args, node.op, node.target = {}, (x, (1, 1)), "call_function", _unsqueeze
+            if shape and len(sizes) in (2, 4) and _size(sizes[0]) == (shape[0], 0):
+                pixel = shape[2:] in ((), ((),))  # (N, C) or (N, C, 1, 1)
+                channels = sizes[1] == -1 or (pixel and (sizes[1] == shape[1] or _size(sizes[1]) == (shape[1], 1)))
+                if len(sizes) == 2 and channels:
+                    target = (1, -1)
+                elif pixel and channels and tuple(sizes[2:]) == (1, 1):
+                    _become(node, _unflatten, (x,))
                     node.meta.update(shape=(*shape[:2], ()), reshape=True)
                     return True
             if target is None and len(sizes) in (2, 4):
@@ -483,13 +481,18 @@ class _Reader:
             node.meta.update(shape=_image(x) and (node, node, node), fresh=True)
         elif _calls(node, ("expand_as",)) and isinstance(node.args[1], fx.Node):
             node.meta["shape"] = node.args[1].meta.get("shape")
-        elif _calls(node, ("contiguous", "chunk", "split", torch.chunk, torch.split, operator.getitem)) and _image(x):
-            if node.target is not operator.getitem or (isinstance(node.args[1], int) and _calls(x, ("chunk", "split", torch.chunk, torch.split))):
+        elif _calls(node, ("contiguous",)):
+            node.meta["shape"] = x.meta.get("shape")
+        elif _calls(node, (operator.getitem,)):
+            part = isinstance(node.args[1], int) and _calls(x, _SPLITS) and _image(x.args[0])
+            slices = isinstance(node.args[1], tuple) and _image(x) and all(isinstance(index, slice) for index in node.args[1])
+            if part or slices:
                 node.meta["shape"] = (node, node, node)
 
 
-def _unsqueeze(x: Tensor, ones: tuple[int, int]) -> Tensor:
-    return x.reshape(*x.shape[:2], *ones)
+def _unflatten(x: Tensor) -> Tensor:
+    """(N, C) or (N, C, 1, 1) -> (N, C, 1, 1)"""
+    return x.reshape(*x.shape[:2], 1, 1)
 
 
 def _source(module: nn.Module | None, key: str) -> Source | None:
@@ -529,9 +532,7 @@ def _size(node: Any) -> tuple[Any, int] | None:
         sized, axis = node.args
     elif _calls(node, (operator.getitem,)) and isinstance(node.args[1], int):
         sizes, axis = node.args
-        if _calls(sizes, ("size",)) and len(sizes.args) == 1:
-            sized = sizes.args[0]
-        elif _calls(sizes, (getattr,)) and sizes.args[1:] == ("shape",):
+        if (_calls(sizes, ("size",)) and len(sizes.args) == 1) or (_calls(sizes, (getattr,)) and sizes.args[1:] == ("shape",)):
             sized = sizes.args[0]
     shape = sized.meta.get("shape") if isinstance(sized, fx.Node) else None
     return (shape[axis], axis) if shape and axis in (0, 1) else None

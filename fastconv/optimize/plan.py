@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -21,15 +22,15 @@ from fastconv.optimize.trace import Untraceable, hooked, trace
 Step = tuple[Any, tuple[int, ...], int]
 
 _version = operator.attrgetter("_version")
-_LAYOUT_FREE_MODULES = tuple(
-    f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "dropout", "instancenorm", "normalization", "padding", "pooling", "upsampling")
-)
-_LAYOUT_FREE_METHODS = ("size", "dim", "chunk", "split", "contiguous", "expand_as", "mean", "add", "sub", "mul", "div", "flatten", "reshape")
-_LAYOUT_FREE_FUNCTIONS = {
+# What takes images in any memory format; other code that stays as it is may ask for views that only the default format allows.
+_ANY_FORMAT_MODULES = "activation batchnorm conv dropout instancenorm normalization padding pooling upsampling"
+_ANY_FORMAT_MODULES = {f"torch.nn.modules.{name}" for name in _ANY_FORMAT_MODULES.split()}
+_ANY_FORMAT_METHODS = set("size dim chunk split contiguous expand_as mean add sub mul div flatten reshape".split())
+_ANY_FORMAT_FUNCTIONS = {
     *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.flatten, torch.reshape, torch.mean, torch.sigmoid),
-    *(getattr(nn.functional, name) for name in ("relu", "relu6", "hardswish", "hardsigmoid", "silu", "leaky_relu", "elu", "gelu")),
-    *(getattr(nn.functional, name) for name in ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "pad", "softmax")),
+    *(getattr(torch, name) for name in "add sub mul div cat concat flatten reshape mean sigmoid conv2d relu".split()),
+    *(getattr(F, name) for name in "relu relu6 hardswish hardsigmoid silu leaky_relu elu gelu softmax pad interpolate".split()),
+    *(getattr(F, name) for name in "conv2d max_pool2d avg_pool2d adaptive_avg_pool2d".split()),
 }
 
 
@@ -210,13 +211,13 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
         return (lambda value: value) if isinstance(tree, fx.Node) else lambda *values: _rebuild(tree, dict(zip(nodes, values)))
     if node.op == "call_module":
         function = modules[node.target]
-        free = type(function).__module__ in _LAYOUT_FREE_MODULES
+        free = type(function).__module__ in _ANY_FORMAT_MODULES
     elif node.op == "call_method":
         function = _method(node.target)
-        free = node.target in _LAYOUT_FREE_METHODS
+        free = node.target in _ANY_FORMAT_METHODS
     else:
         function = node.target
-        free = function in _LAYOUT_FREE_FUNCTIONS
+        free = function in _ANY_FORMAT_FUNCTIONS
     args, kwargs = node.args, node.kwargs
     if list(args) == nodes and not kwargs:
         call = function
@@ -235,7 +236,6 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _contiguous(value: Any) -> Any:
-    """As the module's own code may ask for a view that only the default memory format allows."""
     return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
@@ -266,10 +266,10 @@ class Ready(NamedTuple):
 class Plan:
     """Runs `module` (in eval mode) through fastconv's kernels, without gradients.
 
-    `plan(*args)` gives what the module's `method`, its forward, gives. Weights are folded and packed on the first call and again, layer by layer,
-    when the module's tensors change; a changed submodule or hook makes a new program. Calls that a plan does not serve (keywords,
-    arguments with default values, tensors that want gradients, inputs that are not batches of images) go to the module's `method`.
-    Threads may share a plan.
+    `plan(*args)` gives what the module's `method`, its forward, gives. Weights are folded and packed on the first call and again,
+    layer by layer, when the module's tensors change; a changed submodule or hook makes a new program. Calls that a plan does not
+    serve (keywords, arguments with default values, tensors that want gradients, inputs that are not batches of images) go to the
+    module's `method`. Threads may share a plan.
     """
 
     def __init__(self, module: nn.Module, method: str = "forward") -> None:
@@ -311,12 +311,13 @@ class Plan:
             watch = Watch(self.module, program.sources)
         if not program.kernels or any(tensor.is_meta for tensor in watch.tensors):
             return Ready(program, watch, None)
+        like = next(iter(watch.tensors), None)
         changed = old.watch.changed(watch) if old and old.steps else None
         steps = []
         for i, (call, reads, write) in enumerate(program.steps):
             if isinstance(call, Kernel):
                 keep = changed is not None and not any(source.place() in changed for source in call.sources())
-                call = old.steps[i][0] if keep else call.prepare()
+                call = old.steps[i][0] if keep else call.prepare(like)
             steps.append((call, reads, write))
         return Ready(program, watch, steps)
 

@@ -1,0 +1,120 @@
+"""The drop-in module: a model's copy that runs as a plan."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastconv.optimize.plan import Plan
+
+
+class OptimizedModule(nn.Module):
+    """What `optimize` returns. Holds the model's copy, whose parameters, buffers, submodules and hooks are its own, under the same names:
+    state_dict, load_state_dict, to, parameters, deepcopy and pickle are those of the copy."""
+
+    _plan: Plan | None = None
+
+    def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
+        super().__init__()
+        # The dictionaries themselves, so that what is set here or there is seen on both sides.
+        self.__dict__.update({name: value for name, value in model.__dict__.items() if name in self.__dict__})
+        self.__dict__["_original"] = model
+        self.exact = exact
+
+    @property
+    def plan(self) -> Plan:
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = Plan(self._original)
+        return plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            return self._original.forward(*args, **kwargs)
+        return self.plan(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        if any(module.training != mode for module in self.modules()):
+            self._plan = None
+        self._original.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        self._plan = None
+        self._original._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # as a submodule of a module that loads
+        self._original._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"of {type(self._original).__name__}"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:  # while it is unpickled
+                raise
+            return getattr(self._original, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_plan"}
+
+
+def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> OptimizedModule:
+    """A copy of `model` for inference, in eval mode, that runs through fastconv's kernels; `model` itself is not touched.
+
+    `fast(x)` returns what `model.eval()(x)` returns, up to rounding (logits within 1e-5 relative in float32): convolutions with their
+    batch norm and activation, depthwise-separable blocks, inverted residuals with squeeze-excitation, fires, stems, 3x3 max pools,
+    global average pools and classifiers are found by structure, whatever classes they come in; `explain` tells each submodule's fate.
+    Layers that no kernel takes, and submodules with hooks, run as they are. x: (N, C, H, W), NCHW or channels_last; the output keeps
+    its memory format.
+
+    Inference only: in train mode, and where x requires a gradient, the copy runs as plain torch; parameters get no gradients otherwise.
+    Under autocast, torch.compile, torch.export and torch.func it runs as plain torch too. Parameters and buffers may change at any time
+    (load_state_dict, in-place updates, `.to()`); only writes through `.data` in place go unnoticed, as torch does not count them.
+    Hooks that are registered later keep their submodule out of the kernels. Threads may share the module.
+
+    dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.
+    exact: only kernels that add up products directly. So far there are no others: it changes nothing.
+    Raises TypeError if `model` is no torch.nn.Module or `dtype` no floating dtype.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"optimize: dtype must be a floating torch.dtype, got {dtype!r}")
+    fast = OptimizedModule(revert(model).eval(), exact=exact)
+    if dtype is not None:
+        fast.to(dtype)
+    fast.plan.prepare()
+    return fast
+
+
+def revert(module: nn.Module) -> nn.Module:
+    """A copy of an optimized module in its original architecture, with its own, unfolded parameters.
+
+    `module` may also hold optimized modules at any depth, or none. Raises TypeError if it is no torch.nn.Module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"revert: module must be a torch.nn.Module, got {type(module).__name__}")
+    return _reverted(copy.deepcopy(module))
+
+
+def _reverted(module: nn.Module) -> nn.Module:
+    if isinstance(module, OptimizedModule):
+        return _reverted(module._original)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _reverted(child)
+    return module
