@@ -8,14 +8,19 @@ def uncovered(name: str, **arguments) -> str | None:
     for value in arguments.values():
         if isinstance(value, Tensor) and (value.device.type != "cpu" or value.dtype != torch.float32):
             return f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}"
-    if name == "stem" and arguments["weight"].shape[1] > 4:
-        return f"{arguments['weight'].shape[1]} input channels"
-    weight = arguments["weight"] if name == "depthwise" else arguments.get("depthwise_weight")
-    if weight is not None:
-        kernel, stride, padding = tuple(weight.shape[2:]), tuple(arguments["stride"]), tuple(arguments["padding"])
+    weight = arguments["weight"] if name in ("depthwise", "stem") else arguments.get("depthwise_weight")
+    if weight is None:
+        return None
+    channels, kernel, stride, padding = weight.shape[1], tuple(weight.shape[2:]), tuple(arguments["stride"]), tuple(arguments["padding"])
+    if name == "stem":
+        if channels > 4:
+            return f"{channels} input channels"
+        if max(kernel) > 7:
+            return f"a {kernel[0]} x {kernel[1]} kernel"
+    else:
         if kernel not in ((3, 3), (5, 5)):
             return f"a {kernel[0]} x {kernel[1]} kernel"
-        if max(stride) > 2:
+        if stride[1] > 2:
             return f"stride {stride}"
         if max(padding) >= kernel[0]:
             return f"padding {padding} around a {kernel[0]} x {kernel[1]} kernel"

@@ -31,7 +31,7 @@ def stem(
 def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activation: str | None) -> Prepared:
     """Binds `stem` to its weights: returns call(x)."""
     stride, padding = _checks.stride_padding("stem", stride, padding)
-    compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias)
+    compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias, stride=stride, padding=padding)
     if not compiled:
         return Prepared(overload("stem"), (weight, bias, stride, padding, activation), label)
     args = (*pack(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from harness import (
+    CHANNELS,
+    Bounded,
+    check_autocast,
+    check_layouts,
+    check_nonfinite,
+    check_other_dtypes,
+    check_registrations,
+    check_same_bits,
+    every_isa,
+    integers,
+    reals,
+)
+
+from fastconv import ops, reference
+
+
+def weights(channels, squeeze, out1x1, out3x3, draw=reals):
+    return (
+        draw(squeeze, channels, 1, 1),
+        draw(squeeze),
+        draw(out1x1, squeeze, 1, 1),
+        draw(out1x1),
+        draw(out3x3, squeeze, 3, 3),
+        draw(out3x3),
+    )
+
+
+def expected(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3) -> Bounded:
+    squeezed = Bounded.exact(x).conv(squeeze_weight, squeeze_bias).activate("relu")
+    return squeezed.conv(weight1x1, bias1x1).activate("relu").cat(squeezed.conv(weight3x3, bias3x3, padding=1).activate("relu"))
+
+
+def both(x, *params):
+    """The public operator's output, checked to be the prepared kernel's, too."""
+    y = ops.fire(x, *params)
+    assert torch.equal(ops.prepare_fire(*params)(x), y)
+    return y
+
+
+@every_isa
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_channels(channels):
+    x = reals(2, channels, 5, 6)
+    for squeeze, out1x1, out3x3 in ((channels, 16, 16), (16, channels, channels), (1, 17, 3), (33, 1, 40)):
+        params = weights(channels, squeeze, out1x1, out3x3)
+        expected(x, *params).admits(both(x, *params), (squeeze, out1x1, out3x3))
+    without_bias = params[0], None, params[2], None, params[4], None
+    expected(x, *without_bias).admits(both(x, *without_bias), "no bias")
+
+
+@every_isa
+def test_sizes_are_exact():
+    """Every image from one pixel up; integers, so equality is exact."""
+    params = weights(3, 5, 18, 20, integers)
+    for height in (*range(1, 9), 13):
+        for width in (*range(1, 18), 27):
+            x = integers(1, 3, height, width)
+            assert torch.equal(both(x, *params), reference.fire(x, *params)), (height, width)
+
+
+@every_isa
+@pytest.mark.parametrize(("channels", "squeeze", "out", "size"), [(64, 16, 64, 55), (256, 32, 128, 27), (512, 64, 256, 13)])
+def test_network_shapes(channels, squeeze, out, size):
+    x, params = reals(1, channels, size, size), weights(channels, squeeze, out, out)
+    expected(x, *params).admits(both(x, *params))
+
+
+@every_isa
+def test_nonfinite():
+    x, params = reals(2, 4, 5, 7), weights(4, 6, 19, 18)
+    double = [p.double() for p in params]
+    check_nonfinite(lambda x: ops.fire(x, *params), lambda x: reference.fire(x, *double), x)
+
+
+@every_isa
+def test_layouts_and_bits():
+    params = weights(12, 6, 18, 21)
+    check_layouts(lambda x: ops.fire(x, *params), reals(3, 12, 7, 6))
+    check_same_bits(lambda x: ops.fire(x, *params), reals(3, 12, 15, 14))
+
+
+@every_isa
+def test_empty_batch():
+    assert both(reals(0, 4, 5, 6), *weights(4, 2, 3, 2)).shape == (0, 5, 5, 6)
+
+
+def test_registrations():
+    check_registrations(torch.ops.fastconv.fire.default, reals(2, 3, 4, 5), *weights(3, 2, 2, 3))
+
+
+def test_autocast_and_other_dtypes():
+    x, params = reals(2, 6, 6, 7), [p / 2 for p in weights(6, 3, 4, 5)]
+    check_autocast(lambda: ops.fire(x, *params), lambda: reference.fire(x, *params))
+    check_other_dtypes(ops.fire, reference.fire, [x, *params])
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (1, reals(2, 5, 1, 1), r"fire: squeeze_weight must be \(Cout, 4, 1, 1\), got \(2, 5, 1, 1\)"),
+        (2, reals(4), r"fire: squeeze_bias must be \(2,\), got \(4,\)"),
+        (3, reals(3, 4, 1, 1), r"fire: weight1x1 must be \(Cout, 2, 1, 1\), got \(3, 4, 1, 1\)"),
+        (5, reals(2, 4, 3, 3), r"fire: weight3x3 must be \(Cout, 2, 3, 3\), got \(2, 4, 3, 3\)"),
+    ],
+)
+def test_errors(position, value, message):
+    arguments = [reals(1, 4, 5, 5), *weights(4, 2, 3, 2)]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.fire(*arguments)
