@@ -130,9 +130,9 @@ class Run:
         try:
             measure()
         except Exception as error:
-            text = f"{what}: {type(error).__name__}: {error}"
-            self.failures.append(text[:500])
-            print(f"FAILED {text[:500]}", flush=True)
+            text = f"{what}: {type(error).__name__}: {error}".splitlines()[0]
+            self.failures.append(text)
+            print(f"FAILED {text}", flush=True)
             torch.cuda.empty_cache()
 
     def copy_rate(self) -> float:
@@ -182,8 +182,8 @@ class Run:
         row["compile_us"] = self.clock(lambda: compiled(*args))
 
     def networks(self, share: float) -> list[dict]:
-        import fastconv
-        import fastconv.models
+        from fastconv.models import get_model
+        from fastconv.optimize import optimize
 
         found: list[dict] = []
 
@@ -191,12 +191,12 @@ class Run:
             torch.manual_seed(0)
             allow_tf32(dtype_name == "tf32")
             dtype = DTYPES[dtype_name]
-            model = fastconv.models.get_model(name).eval().cuda().to(memory_format=torch.channels_last)
+            model = get_model(name).eval().cuda().to(memory_format=torch.channels_last)
             x = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
             with torch.inference_mode():
                 wanted = eager_form(model).double()(x[:4].double())
                 eager = eager_form(model).to(dtype)
-                fast = fastconv.optimize(model.to(dtype))
+                fast = optimize(model.to(dtype))
                 x = x.to(dtype)
                 eager_error, error = relative_error(eager(x[:4]), wanted), relative_error(fast(x[:4]), wanted)
                 if not error <= max(2 * eager_error, 1e-5):

@@ -2,6 +2,7 @@
 
 import compiling
 import pytest
+
 from fastconv.kernels.gpu import configs
 
 pytest.importorskip("triton")

@@ -8,6 +8,8 @@ import torch
 
 import fastconv
 from fastconv import reference
+from fastconv.models import get_model
+from fastconv.optimize import optimize
 
 pytestmark = pytest.mark.gpu
 
@@ -148,9 +150,9 @@ def test_network(name, monkeypatch):
     """A whole network through fastconv.optimize on the GPU, in fp32, within the bound that holds on CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the stem runs in cuDNN, which takes tf32 by default
     torch.manual_seed(0)
-    model = fastconv.models.get_model(name).eval().to(memory_format=torch.channels_last)
+    model = get_model(name).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     wanted = copy.deepcopy(model).double()(x.double())
     with torch.inference_mode():
-        y = fastconv.optimize(model.cuda())(x.cuda()).cpu()
+        y = optimize(model.cuda())(x.cuda()).cpu()
     assert ((y - wanted).norm() / wanted.norm()).item() < 1e-5

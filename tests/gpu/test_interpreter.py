@@ -25,9 +25,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def test_forced_backend_reaches_the_kernels(monkeypatch):
         """FASTCONV_BACKEND=triton: the public operator runs the Triton kernel on CPU tensors."""
-        from fastconv.kernels.gpu import pointwise
-
         import fastconv
+        from fastconv.kernels.gpu import pointwise
 
         launched = []
         kernel = pointwise.pointwise
