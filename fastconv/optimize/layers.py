@@ -123,7 +123,7 @@ class Layer:
         return [source for source in tensors if source is not None]
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the batch norm in them, computed in float64: w' = w s and b' = beta + (b - mean) s, s = gamma / sqrt(var + eps)."""
+        """Weight w s and bias beta + (b - mean) s with s = gamma / sqrt(var + eps), computed in float64; as they are without a norm."""
         weight = self.weight.tensor().detach()
         bias = None if self.bias is None else self.bias.tensor().detach()
         if self.norm is None:

@@ -23,14 +23,16 @@ Step = tuple[Any, tuple[int, ...], int]
 
 _version = operator.attrgetter("_version")
 # What takes images in any memory format; other code that stays as it is may ask for views that only the default format allows.
-_ANY_FORMAT_MODULES = "activation batchnorm conv dropout instancenorm normalization padding pooling upsampling"
-_ANY_FORMAT_MODULES = {f"torch.nn.modules.{name}" for name in _ANY_FORMAT_MODULES.split()}
-_ANY_FORMAT_METHODS = set("size dim chunk split contiguous expand_as mean add sub mul div flatten reshape".split())
+_ANY_FORMAT_MODULES = {
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "conv", "dropout", "instancenorm", "normalization", "padding", "pooling", "upsampling")
+}
+_ANY_FORMAT_METHODS = {"add", "chunk", "contiguous", "dim", "div", "expand_as", "flatten", "mean", "mul", "reshape", "size", "split", "sub"}
 _ANY_FORMAT_FUNCTIONS = {
     *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv),
-    *(getattr(torch, name) for name in "add sub mul div cat concat flatten reshape mean sigmoid conv2d relu".split()),
-    *(getattr(F, name) for name in "relu relu6 hardswish hardsigmoid silu leaky_relu elu gelu softmax pad interpolate".split()),
-    *(getattr(F, name) for name in "conv2d max_pool2d avg_pool2d adaptive_avg_pool2d".split()),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.flatten, torch.reshape, torch.mean, torch.sigmoid),
+    *(F.relu, F.relu6, F.hardswish, F.hardsigmoid, F.silu, F.leaky_relu, F.elu, F.gelu, F.softmax, F.pad, F.interpolate),
+    *(torch.conv2d, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
 }
 
 
@@ -225,9 +227,11 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
         rest = args[1:]
         call = lambda x: function(x, *rest, **kwargs)  # noqa: E731
     else:
+
         def call(*values: Any) -> Any:
             known = dict(zip(nodes, values))
             return function(*_rebuild(args, known), **_rebuild(kwargs, known))
+
     return call if free else lambda *values: call(*map(_contiguous, values))
 
 
