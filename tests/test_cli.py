@@ -195,7 +195,7 @@ def test_demo_says_so_when_weights_cannot_be_downloaded(tmp_path, monkeypatch):
     result = invoke("demo", "--nets", "squeezenet1_1", "--rounds", "1", "--out", str(tmp_path / "demo.png"))
     assert "meaningless" in result.stdout
     if networks.torchvision() is not None:
-        assert "squeezenet1_1: no pretrained weights (no route to host)" in result.stderr
+        assert "Random weights (no route to host): squeezenet1_1." in result.stdout
 
 
 @pytest.mark.parametrize("name", networks.NAMES)

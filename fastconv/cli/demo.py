@@ -69,6 +69,7 @@ def _one(network: Any, images: dict[str, Any], labels: list[str], rounds: int, t
         "network": network.name,
         "library": network.library,
         "weights": network.weights,
+        "why_random": network.why_random,
         "error": timing.relative_error(ours, theirs),
         "agreement": sum(photo["agrees"] for photo in seen.values()) / len(seen),
         "photographs": seen,
@@ -82,7 +83,7 @@ def _photographs_table(results: list[dict[str, Any]], photographs: list[str]) ->
     grid = Table("network", *photographs, title="what fastconv sees (category, probability)", title_justify="left")
     for result in results:
         seen = [result["photographs"][photo] for photo in photographs]
-        grid.add_row(result["network"], *(f"{cell['category']} {cell['probability']:.2f}" for cell in seen))
+        grid.add_row(result["network"], *(f"{cell['category']} {cell['probability']:.1%}" for cell in seen))
     return grid
 
 

@@ -1,9 +1,10 @@
 """The plain torch networks that the command compares with, their weights, and the photographs they look at."""
 
+import contextlib
 import difflib
+import io
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Network:
     model: torch.nn.Module
     library: str
     weights: str
+    why_random: str = ""
 
 
 def torchvision() -> Any:
@@ -65,7 +67,7 @@ def parse_names(names: str | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _patience(seconds: float) -> Iterator[None]:
     """Downloads give up after this many seconds of silence, instead of never."""
     previous = socket.getdefaulttimeout()
@@ -99,7 +101,7 @@ def _published(name: str, library: str) -> tuple[str, str, str]:
 
 
 def _download(url: str, file_name: str) -> dict[str, torch.Tensor]:
-    with _patience(5.0):
+    with _patience(5.0), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # torch.hub is chatty
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file_name, weights_only=True, progress=False)
 
 
@@ -124,16 +126,18 @@ def build(name: str, *, pretrained: bool = True) -> Network:
         torch.manual_seed(0)
         model, library = _construct(name)
         randomise(model)
-    weights = "random, seed 0"
-    if pretrained and library != "torch":
+    weights, why_random = "random, seed 0", ""
+    if pretrained and library == "torch":
+        why_random = f"{'timm' if name == 'mobilenet_v1' else 'torchvision'} is not installed"
+    elif pretrained:
         tag, url, file_name = _published(name, library)
         try:
             model.load_state_dict(_download(url, file_name))
             weights = f"{library} {tag}"
         except (OSError, RuntimeError) as problem:
-            click.echo(f"{name}: no pretrained weights ({_one_line(problem)})", err=True)
+            why_random = _one_line(problem)
     model.eval().requires_grad_(False)
-    return Network(name, model, library, weights)
+    return Network(name, model, library, weights, why_random)
 
 
 def build_any(spec: str) -> torch.nn.Module:

@@ -16,14 +16,15 @@ def progress() -> Progress:
 
 
 def say_random(console: Console, results: list[dict[str, Any]]) -> None:
-    """Says which networks have no trained weights."""
-    names = [result["network"] for result in results if result["weights"].startswith("random")]
-    if names:
-        console.print(
-            f"Random weights (seed 0, randomised batch-norm statistics) for {', '.join(names)}: "
-            "their errors and times are real, the categories they name are meaningless.",
-            style="yellow",
-        )
+    """Says which networks have no trained weights, and why."""
+    without: dict[str, list[str]] = {}
+    for result in results:
+        if result["weights"].startswith("random"):
+            without.setdefault(result["why_random"] or "asked for", []).append(result["network"])
+    for why, names in without.items():
+        console.print(f"Random weights ({why}): {', '.join(names)}.", style="yellow", markup=False)
+    if without:
+        console.print("Their errors and times are real; the categories they name are meaningless.", style="yellow")
 
 
 def table(title: str, results: list[dict[str, Any]]) -> Table:
