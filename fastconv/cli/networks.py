@@ -101,7 +101,7 @@ def _published(name: str, library: str) -> tuple[str, str, str]:
 
 
 def _download(url: str, file_name: str) -> dict[str, torch.Tensor]:
-    with _patience(5.0), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # torch.hub is chatty
+    with _patience(5.0), contextlib.redirect_stdout(io.StringIO()):  # torch.hub announces every attempt
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file_name, weights_only=True, progress=False)
 
 
