@@ -13,9 +13,10 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from dispatched import Operators
 from torch import Tensor, nn
 
-from fastconv import models
+from fastconv import _extension, models
 from fastconv.models._torchvision import import_torchvision
 
 try:
@@ -121,6 +122,21 @@ def test_logits(name, size, batch, pair):
     expected = logits(theirs, x)
     assert error(logits(ours, x), expected) <= 1e-5
     assert error(logits(ours, x.to(memory_format=torch.channels_last)), expected) <= 1e-5
+
+
+@pytest.mark.skipif(not _extension.available or _extension.backend() not in ("auto", "cpu"), reason="needs the compiled kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_convolution_runs_through_the_kernels(name, pair):
+    ours, _ = pair(name)
+    x = torch.randn(1, 3, 64, 64)
+    logits(ours, x)
+    with Operators() as operators:
+        logits(ours, x)
+    others = {operator for operator in operators.names if not operator.startswith("fastconv::")}
+    assert not any(
+        word in operator for operator in others for word in ("conv", "norm", "addmm", "relu", "hardtanh", "hardswish", "pool", "mean")
+    )
+    assert not any("pack_" in operator for operator in operators.names), "weights are packed once"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,12 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from dispatched import Operators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastconv
+import fastconv.nn
 from fastconv import _extension
 from fastconv.models._torchvision import import_torchvision
+from fastconv.optimize.planned import Planned
 
 try:
     import_torchvision()
@@ -23,6 +24,9 @@ try:
 except ImportError as error:
     pytest.skip(f"needs torchvision and timm: {error}", allow_module_level=True)
 
+needs_kernels = pytest.mark.skipif(
+    not _extension.available or _extension.backend() not in ("auto", "cpu"), reason="needs the compiled kernels"
+)
 timm_v1 = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6)
 our_v1 = partial(fastconv.nn.DepthwiseSeparable, act_layer=nn.ReLU6)
 
@@ -84,18 +88,6 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     return ((actual.double() - expected.double()).norm() <= tolerance * expected.double().norm()).item()
 
 
-class Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_keys_and_shapes(name):
     layer, original, _ = build(name)
@@ -116,11 +108,10 @@ def test_inference(name, layout):
         assert close(layer(x), expected)
         assert close(layer(x[:1]), expected[:1])
         assert layer(x[:0]).shape == (0, *expected.shape[1:])
-        if name.partition("-")[2] not in ("norm",):
-            assert close(layer(x[..., 1:-2, 3:]), original(x[..., 1:-2, 3:]))
+        assert close(layer(x[..., 1:-2, 3:]), original(x[..., 1:-2, 3:]))
 
 
-@pytest.mark.skipif(not _extension.available or _extension.backend() not in ("auto", "cpu"), reason="needs the compiled kernels")
+@needs_kernels
 @pytest.mark.parametrize("name", KERNELS)
 def test_inference_runs_through_the_kernels(name):
     layer, _, x = build(name)
@@ -131,6 +122,40 @@ def test_inference_runs_through_the_kernels(name):
     assert any(name.startswith("fastconv::") for name in operators.names)
     assert not any("conv" in name for name in operators.names if not name.startswith("fastconv::"))
     assert not any("pack_" in name for name in operators.names), "weights are packed once"
+
+
+class Stack(Planned):
+    """The layers among plain ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            fastconv.nn.DepthwiseConv2d(16, 16, 3, padding=1, groups=16, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU6(),
+            fastconv.nn.PointwiseConv2d(16, 24, 1, bias=False),
+            nn.BatchNorm2d(24),
+            fastconv.nn.InvertedResidual(24, 24, 1, 4),
+            fastconv.nn.Fire(24, 8, 8, 8),
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@needs_kernels
+def test_layers_inside_a_planned_module_fuse_with_their_neighbours():
+    torch.manual_seed(0)
+    stack = Stack().eval()
+    x = torch.randn(1, 16, 9, 9)
+    with torch.no_grad():
+        assert close(stack(x), stack._forward(x))
+        with Operators() as operators:
+            stack(x)
+    assert {name for name in operators.names if "conv" in name or "norm" in name} == {
+        "fastconv::inverted_residual_packed",
+        "fastconv::fire_packed",
+    }
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -198,7 +223,7 @@ def test_from_torch_shares_the_parameters(name):
             fastconv.nn.DepthwiseSeparable,
             DepthwiseSeparableConv(32, 32, se_layer=SqueezeExcite),
             ValueError,
-            "DepthwiseSeparable: se is not supported, got SqueezeExcite",
+            "DepthwiseSeparable: se is not supported, got SEModule",
         ),
         (
             fastconv.nn.DepthwiseSeparable,
@@ -217,6 +242,13 @@ def test_from_torch_shares_the_parameters(name):
 def test_from_torch_refuses_another_structure(kind, module, error, message):
     with pytest.raises(error, match=message):
         kind.from_torch(module)
+
+
+def test_from_torch_refuses_a_separable_whose_activation_it_does_not_see():
+    block = DepthwiseSeparableConv(32, 32)
+    block.bn1 = nn.BatchNorm2d(32)
+    with pytest.raises(TypeError, match=r"DepthwiseSeparable: BatchNorm2d\.act must be a Module, got NoneType"):
+        fastconv.nn.DepthwiseSeparable.from_torch(block)
 
 
 def test_from_torch_refuses_a_changed_fire():

@@ -74,7 +74,8 @@ class DepthwiseSeparable(Planned):
                 raise ValueError(f"DepthwiseSeparable: bn{i}.drop is not supported, got {type(norm.drop).__name__}")
             layer.add_module(conv, getattr(module_copy, conv))
             layer.add_module(f"bn{i}", _plain_norm(norm))
-            layer.add_module(f"act{i}", getattr(module_copy, f"act{i}", None) or getattr(norm, "act", nn.Identity()))
+            activation = getattr(module_copy, f"act{i}", None)  # timm keeps it in the norm
+            layer.add_module(f"act{i}", member("DepthwiseSeparable", norm, "act", nn.Module) if activation is None else activation)
         layer.training = module.training
         return layer
 
