@@ -2,7 +2,8 @@
 # A checkout's Python finds the compiled extension and the Triton kernels of an installed wheel.
 __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 
-from fastconv import ops, reference
+from fastconv import models, nn, ops, reference
+from fastconv.optimize import explain, optimize, revert
 
-__all__ = ["ops", "reference"]
+__all__ = ["explain", "models", "nn", "ops", "optimize", "reference", "revert"]
 __version__ = "0.1.0"
