@@ -339,6 +339,19 @@ def test_inference_mode_and_no_photographs(pair):
     assert logits(ours, x[:0]).shape == (0, 1000)
 
 
+@pytest.mark.filterwarnings("ignore")  # jit.trace is deprecated, and warns of the branches that it freezes
+def test_export_compile_and_trace(pair):
+    ours, theirs = pair("mobilenet_v3_small")
+    x = torch.randn(1, 3, 64, 64)
+    expected = logits(theirs, x)
+    with torch.no_grad():
+        assert error(torch.export.export(ours, (x,)).module()(x), expected) <= 1e-5
+        assert error(torch.compile(ours, backend="eager", fullgraph=True)(x), expected) <= 1e-5
+        assert error(torch.jit.trace(ours, x)(x), expected) <= 1e-5
+        assert error(torch.func.vmap(ours)(x[None])[0], expected) <= 1e-5
+    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == expected.shape
+
+
 def test_half_precision_matches_the_originals_accuracy(pair):
     """No further from fp32 than twice the original's own distance, plus one rounding."""
     ours, theirs = pair("mobilenet_v2")
