@@ -187,6 +187,10 @@ def test_demo_fails_when_the_logits_are_wrong(tmp_path, monkeypatch):
     assert "squeezenet1_1 differ from eager's by more than 1e-05" in error_line(*arguments)
 
 
+def test_demo_refuses_a_folder_that_is_not_there_before_it_starts(tmp_path):
+    assert "no such folder" in error_line("demo", "--out", str(tmp_path / "nowhere" / "demo.png"))
+
+
 def test_demo_says_so_when_weights_cannot_be_downloaded(tmp_path, monkeypatch):
     def offline(url, file_name):
         raise OSError("no route to host")

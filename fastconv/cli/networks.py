@@ -220,4 +220,4 @@ def photographs() -> dict[str, Any]:
 
 
 def _one_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
