@@ -1,4 +1,5 @@
 """fastconv: SqueezeNet and MobileNet through fused kernels inside PyTorch. `fastconv.optimize(model)` is the one line."""
+
 # A checkout's Python finds the compiled extension and the Triton kernels of an installed wheel.
 __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 

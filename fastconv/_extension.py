@@ -7,6 +7,7 @@
 - `cpu`: compiled kernels, or an error;
 - `triton`: Triton kernels, or an error; CPU tensors only in Triton's interpreter (`TRITON_INTERPRET=1`).
 """
+
 import os
 import sys
 import warnings

@@ -2,6 +2,7 @@
 
 Any dtype, device and memory format. Arguments are those of `fastconv.ops.<name>`.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

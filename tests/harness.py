@@ -1,4 +1,5 @@
 """What every operator's test needs: data, a float64 answer with its error bound, layouts, and the checks that all operators share."""
+
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -149,6 +150,16 @@ def check_registrations(op: torch._ops.OpOverload, *args) -> None:
         torch.library.opcheck(op, tuple(values))
     assert torch.autograd.gradcheck(op, double)
     assert torch.autograd.gradgradcheck(op, double, fast_mode=True)
+
+
+def check_compiled(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """torch.compile takes the public function into its graph whole, for any batch and size."""
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (x, torch.cat([x, x]), x[:, :, :-1, :-1]):
+        for dense in (batch.contiguous(), channels_last(batch)):
+            y, expected = compiled(dense), call(dense)
+            assert torch.equal(y, expected)
+            assert y.stride() == expected.stride()
 
 
 def convert(arg: object, change: Callable[[Tensor], Tensor]) -> object:

@@ -6,6 +6,7 @@ from harness import (
     EXACT_ACTIVATIONS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -38,7 +39,9 @@ def test_channels(channels, k):
     x, weight, bias = reals(2, channels, 9, 8), reals(channels, 1, k, k), reals(channels)
     for stride in (1, 2):
         for b in (bias, None):
-            expected(x, weight, b, stride=stride, padding=k // 2).admits(both(x, weight, b, stride=stride, padding=k // 2), (stride, b is None))
+            expected(x, weight, b, stride=stride, padding=k // 2).admits(
+                both(x, weight, b, stride=stride, padding=k // 2), (stride, b is None)
+            )
 
 
 @every_isa
@@ -55,7 +58,12 @@ def test_sizes_strides_and_paddings(k):
                     if height + 2 * pad_h < k or width + 2 * pad_w < k:
                         continue
                     y = ops.depthwise(x, weight, bias, stride=stride, padding=padding)
-                    assert torch.equal(y, reference.depthwise(x, weight, bias, stride=stride, padding=padding)), (height, width, stride, padding)
+                    assert torch.equal(y, reference.depthwise(x, weight, bias, stride=stride, padding=padding)), (
+                        height,
+                        width,
+                        stride,
+                        padding,
+                    )
 
 
 @every_isa
@@ -123,10 +131,11 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.depthwise.default, x, weight, bias, [1, 2], [1, 0], "hardswish")
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, weight, bias = reals(2, 12, 6, 7), reals(12, 1, 3, 3), reals(12)
     check_autocast(lambda: ops.depthwise(x, weight, bias), lambda: reference.depthwise(x, weight, bias))
     check_other_dtypes(ops.depthwise, reference.depthwise, [x, weight, bias])
+    check_compiled(lambda x: ops.depthwise(x, weight, bias, stride=2, activation="silu"), x)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from harness import (
     CHANNELS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -84,10 +85,11 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.fire_expand.default, reals(2, 3, 4, 5), *weights(3, 2, 3))
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, params = reals(2, 6, 6, 7), weights(6, 4, 5)
     check_autocast(lambda: ops.fire_expand(x, *params), lambda: reference.fire_expand(x, *params))
     check_other_dtypes(ops.fire_expand, reference.fire_expand, [x, *params])
+    check_compiled(lambda x: ops.fire_expand(x, *params), x)
 
 
 @pytest.mark.parametrize(

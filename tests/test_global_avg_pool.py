@@ -3,6 +3,7 @@ import torch
 from harness import (
     CHANNELS,
     Bounded,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -52,8 +53,9 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.global_avg_pool.default, reals(2, 3, 4, 5))
 
 
-def test_other_dtypes():
+def test_compile_and_other_dtypes():
     check_other_dtypes(ops.global_avg_pool, reference.global_avg_pool, [reals(2, 6, 7, 8)])
+    check_compiled(ops.global_avg_pool, reals(2, 6, 7, 8))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 """inverted_residual, and the prepared block with everything MobileNet V1 to V3 put in it."""
+
 import pytest
 import torch
 from harness import (
@@ -6,6 +7,7 @@ from harness import (
     CHANNELS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -162,10 +164,12 @@ def test_empty_batch():
 
 
 def test_registrations():
-    check_registrations(torch.ops.fastconv.inverted_residual.default, reals(2, 3, 4, 5), *weights(3, 4, 3), [1, 1], [1, 1], "hardswish", True)
+    check_registrations(
+        torch.ops.fastconv.inverted_residual.default, reals(2, 3, 4, 5), *weights(3, 4, 3), [1, 1], [1, 1], "hardswish", True
+    )
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, params = reals(2, 6, 6, 7), [p / 2 for p in weights(6, 4, 6)]
     check_autocast(lambda: ops.inverted_residual(x, *params), lambda: reference.inverted_residual(x, *params))
     check_other_dtypes(
@@ -173,6 +177,7 @@ def test_autocast_and_other_dtypes():
         lambda x, *params: reference.inverted_residual(x, *params, residual=True),
         [x, *params],
     )
+    check_compiled(lambda x: ops.inverted_residual(x, *params, residual=True), x)
 
 
 @pytest.mark.parametrize(

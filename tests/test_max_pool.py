@@ -1,6 +1,6 @@
 import pytest
 import torch
-from harness import CHANNELS, check_layouts, check_other_dtypes, check_registrations, check_same_bits, every_isa, reals
+from harness import CHANNELS, check_compiled, check_layouts, check_other_dtypes, check_registrations, check_same_bits, every_isa, reals
 
 from fastconv import ops, reference
 
@@ -41,7 +41,9 @@ def test_nonfinite():
             for j in range(8):
                 spoiled = x.clone()
                 spoiled[:, ::2, i, j] = value
-                torch.testing.assert_close(ops.max_pool(spoiled, padding=1), reference.max_pool(spoiled, padding=1), rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(
+                    ops.max_pool(spoiled, padding=1), reference.max_pool(spoiled, padding=1), rtol=0, atol=0, equal_nan=True
+                )
     x = torch.full((1, 20, 4, 4), -torch.inf)
     assert torch.equal(ops.max_pool(x, padding=1), reference.max_pool(x, padding=1))
 
@@ -62,8 +64,9 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.max_pool.default, x, [2, 2], [0, 1], True)
 
 
-def test_other_dtypes():
+def test_compile_and_other_dtypes():
     check_other_dtypes(ops.max_pool, reference.max_pool, [reals(2, 6, 7, 8)])
+    check_compiled(lambda x: ops.max_pool(x, padding=1, ceil_mode=True), reals(2, 6, 7, 8))
 
 
 @pytest.mark.parametrize(

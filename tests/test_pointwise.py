@@ -1,4 +1,5 @@
 """pointwise, and the fully connected layer that runs through it."""
+
 import pytest
 import torch
 from harness import (
@@ -7,6 +8,7 @@ from harness import (
     EXACT_ACTIVATIONS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -64,7 +66,9 @@ def test_network_shapes(in_channels, out_channels, size):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     x, weight, bias, residual = 2 * reals(2, 9, 4, 5), reals(21, 9, 1, 1), reals(21), reals(2, 21, 4, 5)
-    expected(x, weight, bias, residual=residual, activation=activation).admits(both(x, weight, bias, residual=residual, activation=activation))
+    expected(x, weight, bias, residual=residual, activation=activation).admits(
+        both(x, weight, bias, residual=residual, activation=activation)
+    )
     check_nonfinite(
         lambda x: ops.pointwise(x, weight, bias, activation=activation),
         lambda x: reference.pointwise(x, weight.double(), bias.double(), activation=activation),
@@ -98,7 +102,7 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.pointwise.default, x, weight, None, None, "relu6")
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, weight, bias, residual = reals(2, 12, 6, 7), reals(5, 12, 1, 1), reals(5), reals(2, 5, 6, 7)
     check_autocast(
         lambda: ops.pointwise(x, weight, bias, residual=residual),
@@ -109,6 +113,7 @@ def test_autocast_and_other_dtypes():
         lambda x, w, b, r: reference.pointwise(x, w, b, residual=r, activation="relu"),
         [x, weight, bias, residual],
     )
+    check_compiled(lambda x: ops.pointwise(x, weight, bias, activation="relu6"), x)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,11 @@ def test_autocast_and_other_dtypes():
         ({"weight": reals(4, 8, 3, 3)}, ValueError, r"pointwise: weight must be \(Cout, 8, 1, 1\), got \(4, 8, 3, 3\)"),
         ({"weight": reals(0, 8, 1, 1)}, ValueError, r"pointwise: weight must be \(Cout, 8, 1, 1\), got \(0, 8, 1, 1\)"),
         ({"bias": reals(8)}, ValueError, r"pointwise: bias must be \(4,\), got \(8,\)"),
-        ({"residual": reals(1, 8, 5, 5)}, ValueError, r"pointwise: residual must have the output's shape, \(1, 4, 5, 5\), got \(1, 8, 5, 5\)"),
+        (
+            {"residual": reals(1, 8, 5, 5)},
+            ValueError,
+            r"pointwise: residual must have the output's shape, \(1, 4, 5, 5\), got \(1, 8, 5, 5\)",
+        ),
         ({"residual": reals(1, 4, 5, 5).half()}, TypeError, "pointwise: residual must have x's dtype, torch.float32, got torch.float16"),
         ({"activation": "RELU"}, ValueError, "pointwise: activation must be one of .*, got 'RELU'"),
     ],

@@ -5,6 +5,7 @@ from harness import (
     CHANNELS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -115,10 +116,11 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.separable.default, x, *params, [1, 1], [1, 1], "relu6", "hardswish", reals(2, 4, 4, 5))
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, params = reals(2, 6, 6, 7), weights(6, 4)
     check_autocast(lambda: ops.separable(x, *params), lambda: reference.separable(x, *params))
     check_other_dtypes(ops.separable, reference.separable, [x, *params])
+    check_compiled(lambda x: ops.separable(x, *params, stride=2), x)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from harness import (
     CHANNELS,
     Bounded,
     check_autocast,
+    check_compiled,
     check_layouts,
     check_nonfinite,
     check_other_dtypes,
@@ -92,10 +93,11 @@ def test_registrations():
     check_registrations(torch.ops.fastconv.stem.default, reals(2, 3, 5, 6), reals(4, 3, 3, 3), reals(4), [2, 2], [1, 1], "silu")
 
 
-def test_autocast_and_other_dtypes():
+def test_autocast_compile_and_other_dtypes():
     x, weight, bias = reals(2, 3, 6, 7), reals(12, 3, 3, 3), reals(12)
     check_autocast(lambda: ops.stem(x, weight, bias), lambda: reference.stem(x, weight, bias))
     check_other_dtypes(ops.stem, reference.stem, [x, weight, bias])
+    check_compiled(lambda x: ops.stem(x, weight, bias), x)
 
 
 @pytest.mark.parametrize(

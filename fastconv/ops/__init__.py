@@ -2,6 +2,7 @@
 
 `prepare_<name>` binds an operator to already folded weights, packed where the compiled kernels cover the layer.
 """
+
 import torch
 
 from fastconv import _extension

@@ -2,6 +2,7 @@
 
 They serve the public functions (checked before the dispatcher, so a Python caller reads a Python error) and the fake kernels.
 """
+
 import torch
 from torch import Tensor
 
@@ -67,9 +68,7 @@ def _residual(op: str, residual: Tensor | None, x: Tensor, shape: Shape) -> None
         raise ValueError(f"{op}: residual must have the output's shape, {tuple(shape)}, got {tuple(residual.shape)}")
 
 
-def _window(
-    op: str, shape: Shape, channels: int, kernel: tuple, stride: tuple, padding: tuple, ceil_mode: bool = False
-) -> Shape:
+def _window(op: str, shape: Shape, channels: int, kernel: tuple, stride: tuple, padding: tuple, ceil_mode: bool = False) -> Shape:
     """The output's shape for a window sliding over an image of the given shape."""
     size = []
     for extent, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True):

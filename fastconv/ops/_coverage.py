@@ -1,4 +1,5 @@
 """What the compiled CPU kernels cover. Everything else runs through ATen, or is refused when the backend is forced."""
+
 import torch
 from torch import Tensor
 

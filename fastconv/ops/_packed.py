@@ -1,4 +1,5 @@
 """The packed twins: fake kernels and autocast. They exist only in the compiled extension, for float32 on CPU, without autograd."""
+
 from collections.abc import Callable
 
 import torch

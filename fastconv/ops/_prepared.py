@@ -1,4 +1,5 @@
 """A kernel bound to its weights, for inference: what an execution plan calls once per layer."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

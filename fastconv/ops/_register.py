@@ -3,6 +3,7 @@
 The dispatcher is the only switch. Below autograd and autocast it picks, per device: the compiled kernel (CPU), the Triton kernel
 (CUDA), or the CompositeExplicitAutograd kernel registered here. A forced backend replaces these kernels, never the callers.
 """
+
 import os
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """Defines the public operators from schemas.inc when the extension, which otherwise defines them, is missing."""
+
 import re
 from importlib.resources import files
 
