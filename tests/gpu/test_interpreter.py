@@ -3,6 +3,7 @@
 TRITON_INTERPRET has to be set before triton is imported, so the checks run in a child pytest on this same file.
 """
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -36,8 +37,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         torch.testing.assert_close(y, fastconv.reference.pointwise(x, weight, activation="relu"))
         assert launched
 
+    def test_forced_backend_refuses_what_it_does_not_cover():
+        x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3)
+        for arguments in ((x.double(), weight.double()), (x, weight, None, (3, 3)), (x, weight, None, (1, 1), (3, 3))):
+            with pytest.raises(RuntimeError, match="depthwise: FASTCONV_BACKEND=triton does not cover"):
+                torch.ops.fastconv.depthwise(*arguments)
+
 else:
 
+    def version(package):
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+
+    @pytest.mark.skipif(
+        version("triton") < (3, 7) and version("numpy") >= (2, 4), reason="before 3.7, triton's interpreter needs numpy < 2.4"
+    )
     def test_in_a_child_with_the_interpreter():
         environment = os.environ | {"TRITON_INTERPRET": "1", "FASTCONV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
