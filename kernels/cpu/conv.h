@@ -48,11 +48,11 @@ inline void padded_conv(const PaddedConv& op, Range rows, Range panels) {
           Epilogue epilogue = op.epilogue;
           epilogue.bias += column;
           if (epilogue.residual) epilogue.residual += m * epilogue.residual_stride + column;
-          const Strided source{op.x + h * op.x_row_stride + ow * op.x_stride, op.x_stride, taps, op.in_channels, op.x_stride, op.kernel_w,
-                               op.x_row_stride, nullptr};
+          const StridedSource source{op.x + h * op.x_row_stride + ow * op.x_stride, op.x_stride, op.kernel_h, op.kernel_w * op.in_channels,
+                                     op.x_row_stride};
           const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
           float* out = op.out + m * op.out_stride + column;
-          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(source, panel, panel_stride, epilogue, out, op.out_stride, columns); });
+          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(Strided<MR>(source), panel, panel_stride, epilogue, out, op.out_stride, columns); });
         }
     });
   });

@@ -1,6 +1,7 @@
 // The kernel table of one ISA. setup.py compiles this file once per ISA, with that ISA's flags and FASTCONV_ISA set to its name.
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/depthwise.h"
+#include "kernels/cpu/peak.h"
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/stem.h"
@@ -37,6 +38,6 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                        {"depthwise", FASTCONV_CHANNELS},
                        {"max_pool", "1 pixel, one vector"},
                        {"global_avg_pool", "one vector"}},
-                      pointwise, conv, padded_conv, stem, depthwise, max_pool, sum_pixels, scale_channels};
+                      pointwise, conv, padded_conv, stem, depthwise, max_pool, sum_pixels, scale_channels, fma_chains};
 
 }  // namespace fastconv::FASTCONV_ISA

@@ -22,10 +22,10 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
           Epilogue epilogue = op.epilogue;
           epilogue.bias += column;
           if (epilogue.residual) epilogue.residual += m * epilogue.residual_stride + column;
-          const Strided rows{op.x + m * op.x_stride, op.x_stride, 1, K, 0, 1, 0, nullptr};
+          const StridedSource source{op.x + m * op.x_stride, op.x_stride, 1, K, 0};
           const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
           float* out = op.out + m * op.out_stride + column;
-          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(rows, panel, panel_stride, epilogue, out, op.out_stride, columns); });
+          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(Strided<MR>(source), panel, panel_stride, epilogue, out, op.out_stride, columns); });
         }
       });
     });

@@ -33,6 +33,7 @@ typedef int32_t ivec __attribute__((vector_size(W * sizeof(int32_t))));
 typedef float vec_unaligned __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
 
 #define FASTCONV_INLINE inline __attribute__((always_inline))
+#define FASTCONV_LAMBDA_INLINE __attribute__((always_inline))
 
 FASTCONV_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 FASTCONV_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }

@@ -22,18 +22,40 @@ constexpr int max_rows() {
   if constexpr (W == 8) return NV == 2 ? 6 : 12;
   return 2;
 }
+constexpr int UNROLL = 4;  // of the depth: addresses become displacements
 constexpr int MAX_NV = W == 16 ? 4 : W == 8 ? 2 : 4;
 
-// Rows whose pixels stand a fixed stride apart. Each segment is a run of `depth` inputs at its own offset: one for pointwise, one per
-// tap for a convolution over a padded buffer.
-struct Strided {
+// Rows whose pixels stand a fixed stride apart. Each segment is a run of `depth` inputs: one for pointwise; for a convolution over a padded
+// buffer one per tap row, as taps and channels of a row follow each other in memory there.
+//
+// Three rows share a pointer (p, p + stride, p + 2 * stride are all x86 addressing modes): a pointer a row would not fit 16 integer
+// registers, and reloading them from the stack costs the one-vector tile a quarter of its speed.
+struct StridedSource {
   const float* x;
   int64_t stride;
   int64_t segments, depth;
-  int64_t segment_w, kernel_w, segment_h;  // offset of segment s: (s / kernel_w) * segment_h + (s % kernel_w) * segment_w
-  const float* p;
-  FASTCONV_INLINE void enter(int64_t s) { p = x + (s / kernel_w) * segment_h + (s % kernel_w) * segment_w; }
-  FASTCONV_INLINE float at(int r, int64_t k) const { return p[r * stride + k]; }
+  int64_t segment_stride;
+};
+template <int MR>
+struct Strided {
+  const float* x;
+  int64_t stride, segments, depth, segment_stride;
+  const float* p[(MR + 2) / 3];
+  FASTCONV_INLINE explicit Strided(const StridedSource& source)
+      : x(source.x), stride(source.stride), segments(source.segments), depth(source.depth), segment_stride(source.segment_stride) {}
+  FASTCONV_INLINE void enter(int64_t s) {
+    const float* first = x + s * segment_stride;
+#pragma GCC unroll 8
+    for (int i = 0; i < (MR + 2) / 3; ++i) p[i] = first + 3 * i * stride;
+  }
+  FASTCONV_INLINE float at(int r, int64_t, int u) const { return p[r / 3][r % 3 * stride + u]; }
+  FASTCONV_INLINE void advance(int n) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (MR + 2) / 3; ++i) {
+      p[i] += n;
+      asm("" : "+r"(p[i]));  // keeps the compiler from deriving one pointer a row after all
+    }
+  }
 };
 
 // Rows found through a table of pointers, (segments, rows): taps outside the image point at zeros.
@@ -45,7 +67,8 @@ struct Indirect {
   FASTCONV_INLINE void enter(int64_t s) {
     for (int r = 0; r < MR; ++r) p[r] = table[s * MR + r];
   }
-  FASTCONV_INLINE float at(int r, int64_t k) const { return p[r][k]; }
+  FASTCONV_INLINE float at(int r, int64_t k, int u) const { return p[r][k + u]; }
+  FASTCONV_INLINE void advance(int) {}
 };
 
 // Rows a small step apart (a compile-time constant unless STEP is 0) with a table of offsets along the depth: the stem's row buffer.
@@ -55,7 +78,8 @@ struct Stepped {
   const int32_t* offsets;
   int64_t segments, depth, step;
   FASTCONV_INLINE void enter(int64_t) {}
-  FASTCONV_INLINE float at(int r, int64_t k) const { return x[offsets[k] + r * (STEP ? STEP : step)]; }
+  FASTCONV_INLINE float at(int r, int64_t k, int u) const { return x[offsets[k + u] + r * (STEP ? STEP : step)]; }
+  FASTCONV_INLINE void advance(int) {}
 };
 
 template <int MR, int NV, class Rows>
@@ -74,40 +98,72 @@ __attribute__((noinline)) void tile(Rows rows, const float* panels, int64_t pane
 
   for (int64_t s = 0; s < rows.segments; ++s) {
     rows.enter(s);
-    for (int64_t k = 0; k < rows.depth; ++k) {
+    const auto step = [&](int64_t k, int u) FASTCONV_LAMBDA_INLINE {
       vec weight[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + k * PANEL);
+      for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + u * PANEL);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const vec x = splat(rows.at(r, k));
+        const vec x = splat(rows.at(r, k, u));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[r][v] += x * weight[v];
       }
-    }
+    };
+    const auto advance = [&](int n) FASTCONV_LAMBDA_INLINE {
+      rows.advance(n);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) panel[v] += rows.depth * PANEL;
+      for (int v = 0; v < NV; ++v) panel[v] += n * PANEL;
+    };
+    int64_t k = 0;
+    for (; k + UNROLL <= rows.depth; k += UNROLL) {
+#pragma GCC unroll 4
+      for (int u = 0; u < UNROLL; ++u) step(k, u);
+      advance(UNROLL);
+    }
+    for (; k < rows.depth; ++k) {
+      step(k, 0);
+      advance(1);
+    }
   }
 
-  const Clamp clamp(epilogue.activation);
+  if (epilogue.residual) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const int64_t left = v == NV - 1 ? columns - v * W : W;
-      vec y = sum[r][v];
-      if (epilogue.residual) y += load_up_to(epilogue.residual + r * epilogue.residual_stride + v * W, left);
-      store_up_to(out + r * out_stride + v * W, clamp(y), left);
+      for (int v = 0; v < NV; ++v) sum[r][v] += load_up_to(epilogue.residual + r * epilogue.residual_stride + v * W, columns - v * W);
+  }
+  const Clamp clamp(epilogue.activation);
+  const auto finish = [&](auto store_last) FASTCONV_LAMBDA_INLINE {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV - 1; ++v) store(out + r * out_stride + v * W, clamp(sum[r][v]));
+      store_last(out + r * out_stride + (NV - 1) * W, clamp(sum[r][NV - 1]));
     }
+  };
+  if (columns == NV * W)
+    finish([](float* p, vec v) FASTCONV_LAMBDA_INLINE { store(p, v); });
+  else
+    finish([&](float* p, vec v) FASTCONV_LAMBDA_INLINE { store_first(p, v, static_cast<int>(columns - (NV - 1) * W)); });
   if (!is_clamp(epilogue.activation)) activate_rows(out, out_stride, MR, columns, epilogue.activation);
 }
 
 // `count` things in pieces of at most `most`, as equal as can be: 49 rows of at most 14 are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7.
-struct Pieces {
-  int64_t count, pieces;
-  Pieces(int64_t count, int64_t most) : count(count), pieces(ceil_div(count, most)) {}
-  int64_t begin(int64_t i) const { return i * (count / pieces) + (i < count % pieces ? i : count % pieces); }
-  int64_t size(int64_t i) const { return count / pieces + (i < count % pieces); }
+class Pieces {
+ public:
+  FASTCONV_INLINE Pieces(int64_t count, int64_t most) : pieces(ceil_div(count, most)), size_(count), longer_(0) {
+    if (pieces > 1) {  // a 64-bit division costs as much as one step of a whole tile: none where one piece is all
+      size_ = count / pieces;
+      longer_ = count % pieces;
+    }
+  }
+  FASTCONV_INLINE int64_t begin(int64_t i) const { return i * size_ + (i < longer_ ? i : longer_); }
+  FASTCONV_INLINE int64_t size(int64_t i) const { return size_ + (i < longer_); }
+
+  int64_t pieces;
+
+ private:
+  int64_t size_, longer_;
 };
 
 // Calls f with the run-time value n as a compile-time constant, 1 <= n <= MOST.
