@@ -42,9 +42,9 @@ reason = _load()
 available = reason is None
 
 if not available:
-    for variable in ("FASTCONV_ISA", "FASTCONV_BACKEND"):
-        if os.environ.get(variable) and (variable == "FASTCONV_ISA" or _backend == "cpu"):
-            raise RuntimeError(f"{variable}={os.environ[variable]} needs the compiled extension, fastconv._C: {reason}")
+    forced = [name for name in ("FASTCONV_ISA", "FASTCONV_BACKEND") if os.environ.get(name)]
+    if "FASTCONV_ISA" in forced or _backend == "cpu":
+        raise RuntimeError(f"{forced[0]}={os.environ[forced[0]]} needs the compiled extension, fastconv._C: {reason}")
     if _backend == "auto":
         warnings.warn(f"fastconv: the compiled extension is not available ({reason}); running through ATen", stacklevel=2)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import reference
+from fastconv import _extension, reference
 
 every_isa = pytest.mark.usefixtures("isa", "poison")  # for a test of a kernel: once per instruction set, on poisoned memory
 
@@ -105,13 +105,18 @@ def expanded(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "one image for all", x[:1].expand_as(x)
 
 
-def check_layouts(call: Callable[[Tensor], Tensor], x: Tensor, exact: bool = True) -> None:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits from our kernels; ATen, which stands in for a missing extension, promises only close ones."""
+    return torch.equal(a, b) if _extension.available else torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def check_layouts(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Any layout gives the dense one's answer, in the layout that the input's strides ask for."""
     for name, view in (*layouts(x), *expanded(x)):
         y, dense = call(view), call(view.contiguous())
         last = view.is_contiguous(memory_format=torch.channels_last) and not view.is_contiguous()
         assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), name
-        torch.testing.assert_close(y, dense, rtol=0, atol=0 if exact else 1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert same(y, dense), name
 
 
 def check_same_bits(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -121,9 +126,9 @@ def check_same_bits(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            assert torch.equal(call(x), whole), f"{count} threads"
+            assert same(call(x), whole), f"{count} threads"
             for i in range(x.shape[0]):
-                assert torch.equal(call(x[i : i + 1]), whole[i : i + 1]), f"image {i} alone, {count} threads"
+                assert same(call(x[i : i + 1]), whole[i : i + 1]), f"image {i} alone, {count} threads"
     finally:
         torch.set_num_threads(threads)
 

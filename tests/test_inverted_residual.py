@@ -133,7 +133,7 @@ def test_squeeze_excitation_without_kernels():
     prepared = ops.prepare_inverted_residual(
         *params, stride=1, padding=1, expand_activation="relu", depthwise_activation="relu", squeeze_excite=(*gate, "relu", "sigmoid")
     )
-    assert prepared.kernel == "ATen (float64 on cpu)"
+    assert prepared.kernel.startswith("ATen (")
     y = reference.depthwise(reference.pointwise(x, *params[:2], activation="relu"), *params[2:4], activation="relu")
     scale = torch.sigmoid(reference.pointwise(reference.pointwise(y.mean((2, 3), keepdim=True), gate[0], activation="relu"), gate[2]))
     torch.testing.assert_close(prepared(x, x), reference.pointwise(y * scale, *params[4:], residual=x))

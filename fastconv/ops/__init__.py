@@ -42,5 +42,5 @@ __all__ = [
     "stem",
 ]
 
-if _extension.backend() == "triton" or (_extension.backend() == "auto" and torch.cuda.is_available()):
+if _extension.backend() == "triton" or torch.backends.cuda.is_built():  # asking for a device would start CUDA, and break later forks
     _cuda.register()

@@ -69,18 +69,19 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
     backend = _extension.backend()
     if backend == "aten":
         return False, "ATen (FASTCONV_BACKEND=aten)"
-    if backend != "triton" and has_cpu_kernel(packed or name):
-        why = uncovered(name, **arguments)
-        if why is None:
-            return True, f"{name} f32 {{isa}}"
-        if backend == "cpu":
-            raise RuntimeError(f"{name}: FASTCONV_BACKEND=cpu does not cover {why}")
-    else:
-        why = "no compiled kernel"
-    if backend == "triton" or has_triton_kernel():
-        why = _without_triton(name, **arguments) if backend == "triton" or why.endswith("cuda") else why
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in arguments.values())
+    if backend == "triton" or (backend == "auto" and on_cuda and has_triton_kernel()):
+        if name in ("stem", "max_pool", "global_avg_pool"):
+            return False, "ATen (no Triton kernel)"
+        why = _uncovered_by_triton(**arguments)
         if why is None:
             return False, f"{name} triton"
+    else:
+        why = uncovered(name, **arguments) if has_cpu_kernel(packed or name) else "no compiled kernel"
+        if why is None:
+            return True, f"{name} f32 {{isa}}"
+    if backend != "auto":
+        raise RuntimeError(f"{name}: FASTCONV_BACKEND={backend} does not cover {why}")
     return False, f"ATen ({why})"
 
 
@@ -88,9 +89,7 @@ def has_triton_kernel() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
 
 
-def _without_triton(name: str, stride=None, padding=None, **arguments) -> str | None:
-    if name in ("stem", "max_pool", "global_avg_pool"):
-        return "no Triton kernel"
+def _uncovered_by_triton(stride=None, padding=None, **arguments) -> str | None:
     weights = {key: value for key, value in arguments.items() if value is not None and "weight" in key}
     weight = weights["depthwise_weight"] if "depthwise_weight" in weights else next(iter(weights.values()))
     return _cuda.uncovered(weight, weight, stride, padding)
