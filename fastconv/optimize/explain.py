@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from fastconv.optimize.layers import Kernel
-from fastconv.optimize.module import OptimizedModule
+from fastconv.optimize.module import OptimizedModule, revert
 from fastconv.optimize.plan import Plan, Program
 from fastconv.optimize.trace import hooked
 
@@ -44,7 +43,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
-    plan = model.plan if isinstance(model, OptimizedModule) and not model.training else Plan(copy.deepcopy(model).eval())
+    plan = model.plan if isinstance(model, OptimizedModule) and not model.training else Plan(revert(model).eval())
     fates = _fates(plan)
     rows = []
     for name, module in plan.module.named_modules(remove_duplicate=False):
@@ -103,6 +102,8 @@ def _left_alone(node: fx.Node, leaf: str | None) -> str:
         return f"does not trace: {leaf}"
     if "reason" in node.meta:
         return node.meta["reason"]
+    if node.meta.get("reshape"):
+        return "only changes the shape"
     if node.meta.get("norm") or node.meta.get("activation"):
         return "does not follow a layer that only it reads"
     return "no kernel for it"
@@ -122,9 +123,12 @@ def _outside(name: str, program: Program, modules: dict[str, nn.Module]) -> _Fat
 
 def _block(name: str, fates: dict[str, _Fate]) -> tuple[str, str]:
     """What became of a module with submodules."""
-    members = [other for other in fates if other == name or other.startswith(f"{name}.")]
+    own = fates.get(name)
+    members = [other for other in fates if other.startswith(f"{name}.") or (other == name and own.group)]
     kernels = {(fates[member].kernel, fates[member].group) for member in members if fates[member].group}
     alone = [fates[member] for member in members if fates[member].kernel == PYTORCH]
+    if not kernels and own is not None:
+        return own.row(name)
     if not kernels:
         reasons = {fate.reason for fate in alone}
         return (PYTORCH, reasons.pop() if len(reasons) == 1 else "") if alone else (NONE, "")

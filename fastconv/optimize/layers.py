@@ -110,11 +110,12 @@ class Layer:
         if self.dilation != (1, 1):
             return f"dilation {self.dilation[0]}x{self.dilation[1]}"
         if self.groups == 1:
-            stride = f" with stride {self.stride[0]}" if (k, k2) == (1, 1) else ""
+            stride = f" with stride {self.stride[0]}x{self.stride[1]}" if (k, k2) == (1, 1) else ""
             return f"a dense {k}x{k2} convolution{stride} of {self.shape[1]} channels"
         if self.groups != self.channels or self.shape[1] != 1:
             return f"groups {self.groups}"
-        return f"a depthwise {k}x{k2} convolution with stride {self.stride} and padding {self.padding}"
+        stride, padding = (f"{first}x{second}" for first, second in (self.stride, self.padding))
+        return f"a depthwise {k}x{k2} convolution with stride {stride} and padding {padding}"
 
     def sources(self) -> list[Source]:
         tensors = [self.weight, self.bias]

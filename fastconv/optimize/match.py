@@ -63,8 +63,8 @@ def match(graph: fx.Graph, root: nn.Module) -> list[str]:
     reader = _Reader(graph, root)
     for node in list(graph.nodes):
         reader.read(node)
-    for node in reversed(graph.nodes):  # sizes that only a reshape asked for
-        if not node.users and _calls(node, ("size", "dim", getattr, operator.getitem)):
+    for node in reversed(graph.nodes):  # weights of what is now a layer, sizes that only a reshape asked for
+        if not node.users and (node.op == "get_attr" or _calls(node, ("size", "dim", getattr, operator.getitem))):
             graph.erase_node(node)
     for step in (_absorb, _join_inverted_residual, _join_separable, _join_fire):
         for node in list(graph.nodes):
@@ -135,8 +135,8 @@ class _Reader:
         node.meta["names"] = self.names(node)
         module = self.modules[node.target] if node.op == "call_module" else None
         if node.op == "placeholder":
-            if len(self.inputs) == 1 or any(self.takes_images(user) for user in node.users):
-                node.meta["shape"] = (node, node, node)
+            if len(self.inputs) == 1:
+                node.meta.update(shape=(node, node, node), assumed=True)
             return
         if node.op in ("get_attr", "output"):
             return
@@ -153,6 +153,8 @@ class _Reader:
         if x is None:
             self.cat(node)
             return
+        if "shape" not in x.meta and self.takes_images(node, module):  # told by its reader; the plan checks it as it runs
+            x.meta.update(shape=(x, x, x), assumed=True)
         for reading in (self.activation, self.convolution, self.linear, self.norm, self.pool, self.reshape, self.arithmetic):
             if reading(node, x, module):
                 return
@@ -161,15 +163,16 @@ class _Reader:
     # What a node is
 
     def names(self, node: fx.Node) -> list[str]:
-        """The leaf module that a node stands for."""
+        """The module that a node stands for, if it is the node's own: called whole, or without submodules."""
         if node.op == "call_module":
             return [node.target]
+        if node.op not in ("call_function", "call_method"):
+            return []
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         owner = stack[-1][0] if stack else ""
-        return [owner] if owner and not any(True for _ in self.modules[owner].children()) else []
+        return [] if self.modules[owner]._modules else [owner]
 
-    def takes_images(self, node: fx.Node) -> bool:
-        module = self.modules[node.target] if node.op == "call_module" else None
+    def takes_images(self, node: fx.Node, module: nn.Module | None) -> bool:
         return isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *_POOLS)) or _calls(node, (F.conv2d, torch.conv2d, F.max_pool2d))
 
     def check_writes(self, node: fx.Node, module: nn.Module | None) -> None:
@@ -379,7 +382,7 @@ class _Reader:
         ceil_mode = bool(values["ceil_mode"])
         node.meta.update(shape=_convolved(x, x.meta["shape"][1], window, stride, padding, dilation, ceil_mode), fresh=True)
         if (window, dilation) != ((3, 3), (1, 1)) or stride not in ((1, 1), (2, 2)):
-            node.meta["reason"] = f"a {window[0]}x{window[1]} window with stride {stride}"
+            node.meta["reason"] = f"a {window[0]}x{window[1]} window with stride {stride[0]}x{stride[1]}"
             return True
         _become(node, Kernel("max_pool", options={"stride": stride, "padding": padding, "ceil_mode": ceil_mode}), (x,))
         return True

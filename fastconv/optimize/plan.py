@@ -50,6 +50,13 @@ def plain(x: Any) -> bool:
     )
 
 
+def _version_or_none(tensor: Tensor) -> int | None:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode: it counts no versions
+        return None
+
+
 class Watch:
     """Notices when the parameters, buffers, submodules or hooks that a plan was made from have changed."""
 
@@ -58,12 +65,13 @@ class Watch:
         self.places = [source.place() for source in sources]
         self.owners, self.keys = [source.owner for source in sources], [source.key for source in sources]
         self.tensors = [source.tensor() for source in sources]
-        # An inference tensor counts no versions. A weight moved by `.to()` keeps its identity and version, not its address.
-        self.counted = [tensor.detach() for tensor in self.tensors if not tensor.is_inference()]
-        self.versions = list(map(_version, self.counted))
-        self.addressed = [tensor for tensor in self.tensors if tensor.dim() > 1 or tensor.is_inference()]
-        self.addresses = list(map(Tensor.data_ptr, self.addressed))
-        self.states = [(id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in self.tensors]
+        states = [(id(tensor), tensor.data_ptr(), _version_or_none(tensor)) for tensor in self.tensors]
+        self.states = states
+        # A weight moved by `.to()` keeps its identity and version, not its address.
+        self.counted = [tensor for tensor, state in zip(self.tensors, states) if state[2] is not None]
+        self.versions = [state[2] for state in states if state[2] is not None]
+        self.addressed = [tensor for tensor, state in zip(self.tensors, states) if tensor.dim() > 1 or state[2] is None]
+        self.addresses = [state[1] for tensor, state in zip(self.tensors, states) if tensor.dim() > 1 or state[2] is None]
         self.shapes = [tensor.shape for tensor in self.tensors]
         self.modules = list(module.modules())
         self.children = [child._modules for child in self.modules if child._modules]
@@ -147,7 +155,7 @@ class Program:
                 slots[node] = self.slots
                 self.slots += 1
                 self.inputs += 1
-                if "shape" in node.meta:
+                if node.meta.get("assumed"):
                     self.images.append(slots[node])
                 continue
             kernel = isinstance(node.target, Kernel)
@@ -160,7 +168,8 @@ class Program:
             slots[node] = free.pop()
             if node not in last:
                 free.append(slots[node])
-            self.steps.append((node.target if kernel else _call(node, modules), reads, slots[node]))
+            call = node.target if kernel else _call(node, modules)
+            self.steps.append((_checked(call) if node.meta.get("assumed") else call, reads, slots[node]))
         self.result = slots[node]
 
     def _descend(self, module: nn.Module, prefix: str) -> nn.Module | None:
@@ -184,6 +193,12 @@ def _twin(module: nn.Module, **attributes: Any) -> nn.Module:
     twin.__dict__.update(module.__dict__)
     twin.__dict__.update(attributes)
     return twin
+
+
+def _nodes(tree: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, found.append)
+    return found
 
 
 def _rebuild(tree: Any, values: dict[fx.Node, Any]) -> Any:
@@ -223,7 +238,7 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
     args, kwargs = node.args, node.kwargs
     if list(args) == nodes and not kwargs:
         call = function
-    elif len(nodes) == 1 and args and args[0] is nodes[0]:
+    elif len(nodes) == 1 and args and args[0] is nodes[0] and not _nodes((args[1:], kwargs)):
         rest = args[1:]
         call = lambda x: function(x, *rest, **kwargs)  # noqa: E731
     else:
@@ -233,6 +248,20 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
             return function(*_rebuild(args, known), **_rebuild(kwargs, known))
 
     return call if free else lambda *values: call(*map(_contiguous, values))
+
+
+class _NoImages(Exception):
+    """A value that a convolution reads is no batch of images."""
+
+
+def _checked(call: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*values: Any) -> Any:
+        value = call(*values)
+        if not (isinstance(value, Tensor) and value.dim() == 4):
+            raise _NoImages
+        return value
+
+    return checked
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -339,6 +368,9 @@ class Plan:
         if steps is None or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):
             return getattr(self.module, self.method)(*args)
         values = [*args, *[None] * (program.slots - len(args))]
-        for call, reads, write in steps:
-            values[write] = call(*[values[i] for i in reads])
+        try:
+            for call, reads, write in steps:
+                values[write] = call(*[values[i] for i in reads])
+        except _NoImages:
+            return getattr(self.module, self.method)(*args)
         return _formatted(values[program.result], args[0])

@@ -80,7 +80,9 @@ def trace(module: nn.Module, leaves: dict[nn.Module, str]) -> fx.Graph:
         return _attempt(module, leaves)
     except Untraceable:
         before = len(leaves)
-        for child in module.children():
+        for name, child in module.named_children():
+            if Tracer(leaves).is_leaf_module(child, name):
+                continue
             try:
                 trace(child, leaves)
             except Untraceable as problem:
