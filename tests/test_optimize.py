@@ -291,6 +291,14 @@ MATCHED = {
         ),
         "pointwise max_pool global_avg_pool linear linear",
     ),
+    "mean_of_means": (
+        lambda: Net(lambda m, x: m.f(m.c(x).mean(3).mean(-1)), c=conv(8, 8), f=nn.Linear(8, 4)),
+        "pointwise global_avg_pool linear",
+    ),
+    "average_of_all_pixels": (
+        lambda: Net(lambda m, x: (lambda y: m.f(F.avg_pool2d(y, y.size()[2:]).flatten(1)))(m.c(x)), c=conv(8, 8), f=nn.Linear(8, 4)),
+        "pointwise global_avg_pool linear",
+    ),
     "classifier_by_view": (
         lambda: Net(lambda m, x: m.f(F.adaptive_avg_pool2d(m.c(x), 1).view(x.size(0), -1)), c=conv(8, 8), f=nn.Linear(8, 4)),
         "pointwise global_avg_pool linear",
@@ -398,6 +406,11 @@ NEAR_MISSES = {
     ),
     "window_of_two": (lambda: nn.Sequential(conv(8, 8), nn.MaxPool2d(2)), "pointwise"),
     "dilated_pool": (lambda: nn.Sequential(conv(8, 8), nn.MaxPool2d(3, dilation=2)), "pointwise"),
+    "mean_of_channels_and_rows": (lambda: Net(lambda m, x: m.c(x).mean(1).mean(1), c=conv(8, 8)), "pointwise"),
+    "average_of_another_size": (
+        lambda: Net(lambda m, x: F.avg_pool2d(x, m.c(x).shape[2:]), c=conv(8, 8, 3, padding=0)),
+        "conv2d",
+    ),
     "mean_of_rows": (lambda: Net(lambda m, x: m.c(x).mean(2), c=conv(8, 8)), "pointwise"),
     "pool_to_seven": (lambda: nn.Sequential(conv(8, 8), nn.AdaptiveAvgPool2d(7)), "pointwise"),
     "linear_over_columns": (lambda: nn.Sequential(conv(8, 8), nn.Linear(10, 4)), "pointwise"),

@@ -155,7 +155,16 @@ class _Reader:
             return
         if "shape" not in x.meta and self.takes_images(node, module):  # told by its reader; the plan checks it as it runs
             x.meta.update(shape=(x, x, x), assumed=True)
-        for reading in (self.activation, self.convolution, self.linear, self.norm, self.pool, self.reshape, self.arithmetic):
+        for reading in (
+            self.activation,
+            self.convolution,
+            self.linear,
+            self.norm,
+            self.pool,
+            self.mean_of_means,
+            self.reshape,
+            self.arithmetic,
+        ):
             if reading(node, x, module):
                 return
         self.unknown(node, x, module)
@@ -391,22 +400,36 @@ class _Reader:
         keep = True
         if module is not None and type(module).forward is nn.AdaptiveAvgPool2d.forward:
             size = module.output_size
-        elif _calls(node, (F.adaptive_avg_pool2d, torch.nn.functional.adaptive_avg_pool2d)):
+        elif _calls(node, (F.adaptive_avg_pool2d,)):
             size = (_arguments(node, "input output_size") or {}).get("output_size")
-        elif _calls(node, (torch.mean, "mean")):
-            values = _arguments(node, "input dim keepdim", keepdim=False)
-            axes = values["dim"] if values else None
-            if not (isinstance(axes, (tuple, list)) and all(isinstance(axis, int) for axis in axes)):
+        elif _calls(node, (F.avg_pool2d,)) and (values := _arguments(node, "input kernel_size")):
+            if not _is_size_of_pixels(values["kernel_size"], x):
                 return False
-            if sorted(axis % 4 for axis in axes) != [2, 3] or not isinstance(values["keepdim"], bool):
-                return False
-            size, keep = 1, values["keepdim"]
+            size = 1
+        elif (mean := _mean(node)) and sorted(axis % 4 for axis in mean[0]) == [2, 3]:
+            size, keep = 1, mean[1]
         else:
             return False
-        batch, channels, _ = x.meta["shape"]
         if _pair(size) != (1, 1):
             node.meta["reason"] = "it pools to more than one pixel"
             return False
+        self.become_global_pool(node, x, keep)
+        return True
+
+    def mean_of_means(self, node: fx.Node, x: fx.Node, module: nn.Module | None) -> bool:
+        """y.mean(3).mean(2), as networks older than means over several axes have it."""
+        inner, outer = _mean(x), _mean(node)
+        if not (inner and outer and _single(x) and _image(x.args[0])) or inner[1] or outer[1]:
+            return False
+        if inner[0][0] % 4 not in (2, 3) or len(inner[0]) > 1 or [axis % 3 for axis in outer[0]] != [2]:
+            return False
+        self.become_global_pool(node, x.args[0], keep=False)
+        node.graph.erase_node(x)
+        return True
+
+    def become_global_pool(self, node: fx.Node, x: fx.Node, keep: bool) -> None:
+        """keep: whether the result is (N, C, 1, 1); (N, C) if not."""
+        batch, channels, _ = x.meta["shape"]
         _become(node, Kernel("global_avg_pool"), (x,))
         node.meta.update(shape=(batch, channels, ()), fresh=True)
         if not keep:
@@ -415,7 +438,6 @@ class _Reader:
             self.index[flat] = self.index[node]
             node.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
             flat.meta.update(names=[], shape=(batch, channels), reshape=True, fresh=True)
-        return True
 
     def reshape(self, node: fx.Node, x: fx.Node, module: nn.Module | None) -> bool:
         """Between (N, C, 1, 1) or (N, C, H, W) and vectors, however it is written."""
@@ -491,6 +513,24 @@ class _Reader:
             slices = isinstance(node.args[1], tuple) and _image(x) and all(isinstance(index, slice) for index in node.args[1])
             if part or slices:
                 node.meta["shape"] = (node, node, node)
+
+
+def _mean(node: Any) -> tuple[list[int], bool] | None:
+    """The axes and keepdim of a mean."""
+    values = _arguments(node, "input dim keepdim", keepdim=False) if _calls(node, (torch.mean, "mean")) else None
+    axes = values and ([values["dim"]] if isinstance(values["dim"], int) else values["dim"])
+    if not (isinstance(axes, (tuple, list)) and all(isinstance(axis, int) for axis in axes) and isinstance(values["keepdim"], bool)):
+        return None
+    return list(axes), values["keepdim"]
+
+
+def _is_size_of_pixels(size: Any, x: fx.Node) -> bool:
+    """Whether `size` is x.size()[2:] or x.shape[2:]."""
+    if not (_calls(size, (operator.getitem,)) and size.args[1] in (slice(2, None), slice(-2, None), slice(2, 4))):
+        return False
+    sizes = size.args[0]
+    asked = (_calls(sizes, ("size",)) and len(sizes.args) == 1) or (_calls(sizes, (getattr,)) and sizes.args[1:] == ("shape",))
+    return asked and sizes.args[0] is x
 
 
 def _unflatten(x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     Inference only: in train mode, and where x requires a gradient, the copy runs as plain torch; parameters get no gradients otherwise.
     Under autocast, torch.compile, torch.export and torch.func it runs as plain torch too. Parameters and buffers may change at any time
     (load_state_dict, in-place updates, `.to()`); only writes that torch does not count go unnoticed: in place through `.data`, or into
-    tensors made in inference mode.
+    tensors made in inference mode. Other attributes (a stride, an eps, one submodule's train mode) are read once.
     Hooks that are registered later keep their submodule out of the kernels. Threads may share the module.
 
     dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.

@@ -18,7 +18,7 @@ class Planned(nn.Module):
     In eval mode, when no gradient is wanted (grad mode off, or neither x nor a parameter requires it), `forward` runs the Plan of
     `_forward`; otherwise, and under autocast, torch.compile, torch.export and torch.func, it runs `_forward` itself. The plan follows
     every change of a parameter, buffer, hook or submodule, except writes that torch does not count: in place through `.data`, or
-    into tensors made in inference mode.
+    into tensors made in inference mode. Other attributes (a stride, an eps, one submodule's train mode) are read once.
     It is a cache: absent from state_dict, and neither pickled nor copied.
     """
 
