@@ -7,13 +7,12 @@
 namespace fastconv::FASTCONV_ISA {
 
 inline void conv(const Conv& op, Range pixels, Range panels) {
-  constexpr int NV = MAX_NV, MOST = max_rows<NV>();  // pointers take registers: six rows at most
-  const int64_t taps = op.kernel_h * op.kernel_w, panel_stride = taps * op.in_channels * PANEL;
+  constexpr int MOST = max_rows<MAX_NV>();  // pointers take registers: six rows at most
   constexpr int64_t MAX_TAPS = 49;
+  const int64_t taps = op.kernel_h * op.kernel_w;
   const float* table[MAX_TAPS * MOST];
-  const Pieces tiles(pixels.size(), MOST);
-  for (int64_t t = 0; t < tiles.pieces; ++t) {
-    const int64_t m = pixels.begin + tiles.begin(t), rows = tiles.size(t);
+  for (int64_t m = pixels.begin; m < pixels.end; m += MOST) {
+    const int64_t rows = pixels.end - m < MOST ? pixels.end - m : MOST;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t oh = (m + r) / op.out_width, ow = (m + r) % op.out_width;
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -22,39 +21,23 @@ inline void conv(const Conv& op, Range pixels, Range panels) {
         table[tap * rows + r] = inside ? op.x + (ih * op.width + iw) * op.x_stride : op.zeros;
       }
     }
-    for_each_chunk(panels, op.out_channels, NV, [&](int64_t column, int64_t nv, int64_t columns) {
-      Epilogue epilogue = op.epilogue;
-      epilogue.bias += column;
-      if (epilogue.residual) epilogue.residual += m * epilogue.residual_stride + column;
-      const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
-      float* out = op.out + m * op.out_stride + column;
-      with_constant<NV>(nv, [&](auto nv_) {
-        with_constant<MOST>(rows, [&](auto MR) {
-          tile<MR, nv_>(Indirect<MR>{table, taps, op.in_channels, {}}, panel, panel_stride, epilogue, out, op.out_stride, columns);
-        });
-      });
+    Output to{op.panels, taps * op.in_channels * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
+    if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
+    for_each_chunk<MAX_NV>(panels, op.out_channels, [&](auto NV, int64_t column, int64_t columns) {
+      with_constant<MOST>(rows, [&](auto MR) { tiles<MR, NV>(Indirect<MR>{table, taps, op.in_channels, {}}, 1, at_column(to, column, columns)); });
     });
   }
 }
 
 inline void padded_conv(const PaddedConv& op, Range rows, Range panels) {
-  const int64_t taps = op.kernel_h * op.kernel_w, panel_stride = taps * op.in_channels * PANEL;
-  for_each_chunk(panels, op.out_channels, W == 16 ? 2 : MAX_NV, [&](int64_t column, int64_t nv, int64_t columns) {
-    with_constant<MAX_NV>(nv, [&](auto NV) {
-      const Pieces tiles(op.out_width, max_rows<NV>());
-      for (int64_t h = rows.begin; h < rows.end; ++h)
-        for (int64_t t = 0; t < tiles.pieces; ++t) {
-          const int64_t ow = tiles.begin(t), m = h * op.out_width + ow;
-          Epilogue epilogue = op.epilogue;
-          epilogue.bias += column;
-          if (epilogue.residual) epilogue.residual += m * epilogue.residual_stride + column;
-          const StridedSource source{op.x + h * op.x_row_stride + ow * op.x_stride, op.x_stride, op.kernel_h, op.kernel_w * op.in_channels,
-                                     op.x_row_stride};
-          const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
-          float* out = op.out + m * op.out_stride + column;
-          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(Strided<MR>(source), panel, panel_stride, epilogue, out, op.out_stride, columns); });
-        }
-    });
+  const int64_t tap_row = op.kernel_w * op.in_channels;
+  for_each_chunk<PREFERRED_NV>(panels, op.out_channels, [&](auto NV, int64_t column, int64_t columns) {
+    for (int64_t h = rows.begin; h < rows.end; ++h) {
+      const StridedSource source{op.x + h * op.x_row_stride, op.x_stride, op.kernel_h, tap_row, op.x_row_stride};
+      Output to{op.panels, op.kernel_h * tap_row * PANEL, op.epilogue, op.out + h * op.out_width * op.out_stride, op.out_stride, 0};
+      if (to.epilogue.residual) to.epilogue.residual += h * op.out_width * to.epilogue.residual_stride;
+      cover<NV>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
+    }
   });
 }
 

@@ -62,13 +62,17 @@ __attribute__((noinline)) void depthwise_tile_any(const Depthwise& op, const Tap
 
 template <int K, int STRIDE>
 void depthwise_rows(Depthwise op, Range rows, Range channels) {
-  const Pieces tiles(op.out_width, DEPTHWISE_TILE);
+  const Pieces pieces(op.out_width, DEPTHWISE_TILE);
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     const int64_t top = oh * op.stride_h - op.pad_h;
     TapRows<K> taps{{}, {top < 0 ? -top : 0, top + K > op.height ? op.height - top : K}};
     for (int64_t kh = taps.kh.begin; kh < taps.kh.end; ++kh) taps.row[kh] = op.x + (top + kh) % op.ring_rows * op.x_row_stride;
-    for (int64_t t = 0; t < tiles.pieces; ++t)
-      with_constant<DEPTHWISE_TILE>(tiles.size(t), [&](auto TILE) { depthwise_tile_any<K, STRIDE, TILE>(op, taps, tiles.begin(t), channels); });
+    int64_t ow = 0;
+    for (int64_t t = 0; t < pieces.longer + pieces.shorter; ++t) {
+      const int64_t size = pieces.size + (t < pieces.longer);
+      with_constant<DEPTHWISE_TILE>(size, [&](auto TILE) { depthwise_tile_any<K, STRIDE, TILE>(op, taps, ow, channels); });
+      ow += size;
+    }
     op.out += op.out_row_stride;
   }
 }

@@ -43,18 +43,10 @@ void stem_rows(const Stem& op, Range rows, float* buffer) {
   }
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
-    for_each_chunk({0, panels_for(op.out_channels)}, op.out_channels, W == 16 ? 2 : MAX_NV, [&](int64_t column, int64_t nv, int64_t columns) {
-      with_constant<MAX_NV>(nv, [&](auto NV) {
-        const Pieces tiles(op.out_width, max_rows<NV>());
-        for (int64_t t = 0; t < tiles.pieces; ++t) {
-          const int64_t ow = tiles.begin(t);
-          Epilogue epilogue = op.epilogue;
-          epilogue.bias += column;
-          const Stepped<STEP> source{buffer + ow * op.stride_w, offsets, 1, depth, op.stride_w};
-          const float* panel = op.panels + column / PANEL * panel_stride + column % PANEL;
-          float* out = op.out + (oh * op.out_width + ow) * op.out_stride + column;
-          with_constant<max_rows<NV>()>(tiles.size(t), [&](auto MR) { tile<MR, NV>(source, panel, panel_stride, epilogue, out, op.out_stride, columns); });
-        }
+    const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_stride, op.out_stride, 0};
+    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, [&](auto NV, int64_t column, int64_t columns) {
+      cover<NV>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
+        return Stepped<MR, STEP>{buffer + first * op.stride_w, offsets, 1, depth, op.stride_w};
       });
     });
   }
