@@ -104,24 +104,31 @@ SMALL_IMAGE = 14 * 14
 
 def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile:
     """The tile `problem` runs with on `arch` ("sm_80" or "sm_90")."""
+    half = problem.dtype in ("f16", "bf16")
+    # Without 16-byte loads an address per element fills the registers, and large tiles spill.
+    narrow_loads = problem.in_channels % (8 if half else 4) != 0
     if problem.op == "depthwise":
-        return _depthwise(DEPTHWISE["f32" if problem.dtype in ("f32", "tf32") else "half"], problem.out_channels)
+        return _depthwise(DEPTHWISE["half" if half else "f32"], problem.out_channels, narrow_loads)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
-    kind = "half" if problem.dtype in ("f16", "bf16") else problem.dtype
-    if problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32:
-        kind = f"{kind} small" if f"{kind} small" in table else kind
-    return _matmul(table[kind], problem)
+    kind = "half" if half else problem.dtype
+    if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
+        kind = f"{kind} small"
+    return _matmul(table[kind], problem, narrow_loads)
 
 
-def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int) -> DepthwiseTile:
+def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int, narrow_loads: bool) -> DepthwiseTile:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
-    padded = [-(-channels // tile.channels) * tile.channels for tile in tiles]
-    return next(tile for tile, lanes in zip(tiles, padded, strict=False) if 8 * lanes <= 9 * min(padded))
+    if narrow_loads:
+        return tiles[1]
+    lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
+    return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))
 
 
-def _matmul(tiles: tuple[MatmulTile, ...], problem: Problem) -> MatmulTile:
+def _matmul(tiles: tuple[MatmulTile, ...], problem: Problem, narrow_loads: bool) -> MatmulTile:
     """The narrowest tile that holds all output channels, else the widest; of its depths the first that leaves at most two steps."""
     width = next((tile.channels for tile in tiles if tile.channels >= problem.out_channels), max(tile.channels for tile in tiles))
     steps = 1 if problem.op == "fire_expand" else 2
     fitting = [tile for tile in tiles if tile.channels == width]
+    if narrow_loads:
+        return fitting[0]
     return next((tile for tile in fitting if steps * tile.depth >= problem.in_channels), fitting[-1])

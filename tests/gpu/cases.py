@@ -210,6 +210,15 @@ class Checks:
     def test_nan_stays_local(self):
         check_nan_stays_local(self.device)
 
+    def test_wide_offsets(self, dtype, monkeypatch):
+        """The 64-bit variant that images past 2^31 elements take, on small ones."""
+        from fastconv.kernels.gpu import launch
+
+        monkeypatch.setattr(launch, "INT32_MAX", 0)
+        sentinel(monkeypatch)
+        check_depthwise(dtype, self.device, DEPTHWISE[3], True)
+        check_fire_expand(dtype, self.device, FIRE_EXPAND[1], True)
+
     def test_empty_batch(self, dtype):
         check_empty(dtype, self.device)
 

@@ -20,37 +20,60 @@ DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32
 
 
 def jobs() -> list[dict]:
-    """One entry per kernel binary: the operation, architecture, dtype and constants, each at its heaviest (bias, residual, silu)."""
+    """One entry per binary: each tile that ships, in each dtype, at its heaviest (bias, residual, silu); then the two variants of a
+    kernel that need more registers, with the tiles that serve them: channels of no alignment, and images past 2^31 elements."""
     found = []
     for arch in configs.ARCHITECTURES:
         for kind, tiles in configs.DEPTHWISE.items():
             for dtype in DTYPES[kind]:
-                for tile in tiles:
-                    for kernel, stride in ((3, 1), (5, 2)):  # the stride changes one multiplier, and no register
-                        constants = {"K": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": 8, "WIDE": False, "ACTIVATION": "silu"}
-                        constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
-                        options = {"num_warps": tile.num_warps, "num_stages": 3}
-                        found.append({"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options})
+                # K = 3 is the same code with fewer taps, stride 1 with another multiplier
+                found += [_depthwise(arch, dtype, tile, 5, 2) for tile in tiles]
         for op, table in (("pointwise", configs.POINTWISE), ("fire_expand", configs.FIRE_EXPAND)):
             for kind, tiles in table[arch].items():
-                for dtype in DTYPES[kind]:
-                    for tile in tiles:
-                        constants = {"ALIGN_IN": 8, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-                        constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
-                        if op == "pointwise":
-                            constants |= {"ALIGN_OUT": 8, "ACTIVATION": "silu"}
-                        else:
-                            constants |= {"ALIGN_1X1": 8, "ALIGN_3X3": 8, "WIDE": False}
-                        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-                        found.append({"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": options})
+                found += [_matmul(op, arch, dtype, tile) for dtype in DTYPES[kind] for tile in tiles]
+        for dtype in ("bf16", "f32"):
+            found.append(_depthwise(arch, dtype, _tile("depthwise", arch, dtype, 3, 3), 5, 2, align=1))
+            found.append(_matmul("fire_expand", arch, dtype, _tile("fire_expand", arch, dtype, 49, 64), align=1))
+            for width in (32, 64, 128):
+                job = _matmul("pointwise", arch, dtype, _tile("pointwise", arch, dtype, 49, width), align=1)
+                found += [job] if job not in found else []
+        found.append(_depthwise(arch, "bf16", _tile("depthwise", arch, "bf16", 64, 64), 5, 2, wide=True))
+        found.append(_matmul("fire_expand", arch, "bf16", _tile("fire_expand", arch, "bf16", 64, 64), wide=True))
     return found
+
+
+def _tile(op: str, arch: str, dtype: str, in_channels: int, out_channels: int):
+    return configs.config(configs.Problem(op, dtype, 56, 56, in_channels, out_channels), arch)
+
+
+def _depthwise(arch: str, dtype: str, tile, kernel: int, stride: int, align: int = 8, wide: bool = False) -> dict:
+    constants = {"K": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": align, "WIDE": wide, "ACTIVATION": "silu"}
+    constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
+    options = {"num_warps": tile.num_warps, "num_stages": 3}  # num_stages: triton's default, of no effect without a dot
+    return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+
+
+def _matmul(op: str, arch: str, dtype: str, tile, align: int = 8, wide: bool = False) -> dict:
+    constants = {"ALIGN_IN": align, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
+    if op == "pointwise":
+        constants |= {"ALIGN_OUT": align, "ACTIVATION": "silu"}
+    else:
+        constants |= {"ALIGN_1X1": align, "ALIGN_3X3": align, "WIDE": wide}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": options}
 
 
 def name(job: dict) -> str:
     c = job["constants"]
     tile = (c["ROWS"], c["COLS"], c["CHANNELS"]) if job["op"] == "depthwise" else (c["PIXELS"], c["CHANNELS"], c["DEPTH"])
     variant = f"-k{c['K']}s{c['STRIDE_H']}" if job["op"] == "depthwise" else f"-stages{job['options']['num_stages']}"
+    variant += ("" if aligned(job) else "-unaligned") + ("-wide" if c.get("WIDE") else "")
     return f"{job['op']}-{job['arch']}-{job['dtype']}-{'x'.join(map(str, tile))}{variant}"
+
+
+def aligned(job: dict) -> bool:
+    return job["constants"].get("ALIGN", job["constants"].get("ALIGN_IN")) == 8
 
 
 def compile_job(job: dict) -> dict:

@@ -30,7 +30,8 @@ def test_binary(job, facts):
     assert binary["stack"] == 0, "registers spill"
     assert binary["shared"] <= SHARED_LIMIT[job["arch"]]
     assert binary["registers"] * 32 * job["options"]["num_warps"] <= 65536
-    assert binary["wide_loads"] >= 0.75  # the rest is biases
+    if compiling.aligned(job):
+        assert binary["wide_loads"] >= 0.75  # the rest is biases
     # ieee fp32 has no tensor-core instruction
     matmul = job["op"] != "depthwise" and job["dtype"] != "f32"
     assert binary["tensor_cores"] == ({"sm_80": "mma.sync", "sm_90": "wgmma"}[job["arch"]] if matmul else None)
