@@ -464,7 +464,21 @@ def write_then_read(net: nn.Module, x: Tensor) -> Tensor:
     return net.b(F.relu(y, inplace=True))
 
 
-@pytest.mark.parametrize("forward", [relu_of_shared, write_through_view, write_then_read])
+def write_by_position(net: nn.Module, x: Tensor) -> Tensor:
+    y = net.a(x)
+    late = net.b(y)
+    z = F.leaky_relu(y, 0.1, True)
+    return net.n(late) + z
+
+
+def clamp_of_shared(net: nn.Module, x: Tensor) -> Tensor:
+    y = net.a(x)
+    late = net.b(y)
+    z = torch.clamp_(y, -1, 1)
+    return net.n(late) + z
+
+
+@pytest.mark.parametrize("forward", [relu_of_shared, write_through_view, write_then_read, write_by_position, clamp_of_shared])
 def test_writes_in_place_keep_their_meaning(forward):
     model = randomise(Net(forward, a=conv(8, 8), b=conv(8, 8), n=nn.BatchNorm2d(8)))
     x = torch.randn(2, 8, 6, 7)

@@ -7,6 +7,7 @@ joined into blocks. A value is absorbed only when it has a single user, a residu
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Iterable
@@ -98,6 +99,32 @@ def _arguments(node: fx.Node, names: str, **defaults: Any) -> dict[str, Any] | N
     return values if len(node.args) <= len(order) and values.keys() <= set(order) else None
 
 
+def _activation(node: fx.Node, module: nn.Module | None) -> str | None:
+    """The activation that a single call is."""
+    if module is not None:
+        return _activation_of_module(module)
+    if _calls(node, _ACTIVATION_CALLS):
+        return _ACTIVATION_CALLS[node.target]
+    if _calls(node, _CLAMPS):
+        names = "input min_val max_val inplace" if node.target in (F.hardtanh, F.hardtanh_) else "input min max"
+        values = _arguments(node, names)
+        return values and _clamp(*list(values.values())[1:3])
+    return None
+
+
+def _activation_of_module(module: nn.Module) -> str | None:
+    if type(module).forward is nn.Hardtanh.forward:
+        return _clamp(module.min_val, module.max_val)
+    return _ACTIVATION_MODULES.get(type(module).forward)
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace", False) is not False
+    except (TypeError, ValueError):  # not a Python function, so none with such an argument
+        return False
+
+
 def _single(node: fx.Node) -> bool:
     return len(node.users) == 1
 
@@ -153,7 +180,7 @@ class _Reader:
         if x is None:
             self.cat(node)
             return
-        if "shape" not in x.meta and self.takes_images(node, module):  # told by its reader; the plan checks it as it runs
+        if x.meta.get("shape") is None and self.takes_images(node, module):  # told by its reader; the plan checks it as it runs
             x.meta.update(shape=(x, x, x), assumed=True)
         for reading in (
             self.activation,
@@ -186,28 +213,28 @@ class _Reader:
 
     def check_writes(self, node: fx.Node, module: nn.Module | None) -> None:
         """Turns an in-place call into its out-of-place twin, which is the same while nothing reads the old value afterwards."""
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
         if "out" in node.kwargs:
             raise Hazard(f"{name} writes into its argument out")
-        by_name = name.endswith("_") and not name.endswith("__")
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            return
-        flag = node.kwargs.get("inplace") or (node.target in ACTIVATIONS.values() and len(node.args) > 1 and node.args[1])
-        if not (by_name or flag or node.target in _OUT_OF_PLACE or getattr(module, "inplace", False)):
+        if module is not None:
+            writes = getattr(module, "inplace", False) and not isinstance(module, nn.modules.dropout._DropoutNd)
+        elif getattr(node.target, "__module__", "") == "torch.nn.functional":
+            writes = _inplace_argument(node) and not _calls(node, _DROPOUT_CALLS)
+        else:
+            writes = node.target in _OUT_OF_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if not writes:
             return
         written = node.args[0] if node.args else None
         if not (isinstance(written, fx.Node) and written.meta.get("fresh")):
-            raise Hazard(f"{name or type(module).__name__} writes into a value that may be shared")
+            raise Hazard(f"{name} writes into a value that may be shared")
         if any(self.index[user] > self.index[node] for user in written.users):
-            raise Hazard(f"{name or type(module).__name__} writes into a value that is read later")
+            raise Hazard(f"{name} writes into a value that is read later")
         if node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
         elif node.op == "call_method" and hasattr(Tensor, name[:-1]):
             node.target = name[:-1]
-        elif node.kwargs.get("inplace"):
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        elif not _single(written) and module is not None and type(module).forward not in (*_ACTIVATION_MODULES, nn.Hardtanh.forward):
-            raise Hazard(f"{type(module).__name__} writes into a value with other readers")
+        elif not (_single(written) or _activation(node, module)):  # an activation becomes its function
+            raise Hazard(f"{name} writes into a value with other readers")
 
     def identity(self, node: fx.Node, module: nn.Module | None) -> bool:
         if module is not None:
@@ -229,18 +256,8 @@ class _Reader:
     # The readings: each returns whether it knew the node
 
     def activation(self, node: fx.Node, x: fx.Node, module: nn.Module | None) -> bool:
-        name = None
-        if module is not None:
-            name = _ACTIVATION_MODULES.get(type(module).forward)
-            if type(module).forward is nn.Hardtanh.forward:
-                name = _clamp(module.min_val, module.max_val)
-        elif _calls(node, _ACTIVATION_CALLS):
-            name = _ACTIVATION_CALLS[node.target]
-        elif _calls(node, _CLAMPS):
-            names = "input min_val max_val inplace" if node.target in (F.hardtanh, F.hardtanh_) else "input min max"
-            values = _arguments(node, names)
-            name = values and _clamp(*list(values.values())[1:3])
-        elif _calls(node, _MUL) and len(node.args) == 2 and not node.kwargs:
+        name = _activation(node, module)
+        if name is None and _calls(node, _MUL) and len(node.args) == 2 and not node.kwargs:
             name, x = self.product(*node.args) or (None, x)
         elif _calls(node, _DIV) and node.args[1:] == (6,) and not node.kwargs:
             name, x = self.hard(x) or (None, x)
@@ -366,9 +383,7 @@ class _Reader:
         drop, act = parts["drop"], parts["act"]
         if type(drop).forward is not nn.Identity.forward:
             return False, None
-        name = _ACTIVATION_MODULES.get(type(act).forward)
-        if type(act).forward is nn.Hardtanh.forward:
-            name = _clamp(act.min_val, act.max_val)
+        name = _activation_of_module(act)
         node.meta["names"] += [f"{node.target}.{part}" for part in parts]
         return type(act).forward is nn.Identity.forward or name in ACTIVATIONS, name
 
