@@ -27,17 +27,17 @@ def jobs() -> list[dict]:
         for kind, tiles in configs.DEPTHWISE.items():
             for dtype in DTYPES[kind]:
                 # K = 3 is the same code with fewer taps, stride 1 with another multiplier
-                found += [_depthwise(arch, dtype, tile, 5, 2) for tile in tiles]
+                found += [_depthwise(arch, dtype, tile) for tile in tiles]
         for op, table in (("pointwise", configs.POINTWISE), ("fire_expand", configs.FIRE_EXPAND)):
             for kind, tiles in table[arch].items():
                 found += [_matmul(op, arch, dtype, tile) for dtype in DTYPES[kind] for tile in tiles]
         for dtype in ("bf16", "f32"):
-            found.append(_depthwise(arch, dtype, _tile("depthwise", arch, dtype, 3, 3), 5, 2, align=1))
+            found.append(_depthwise(arch, dtype, _tile("depthwise", arch, dtype, 3, 3), align=1))
             found.append(_matmul("fire_expand", arch, dtype, _tile("fire_expand", arch, dtype, 49, 64), align=1))
             for width in (32, 64, 128):
                 job = _matmul("pointwise", arch, dtype, _tile("pointwise", arch, dtype, 49, width), align=1)
                 found += [job] if job not in found else []
-        found.append(_depthwise(arch, "bf16", _tile("depthwise", arch, "bf16", 64, 64), 5, 2, wide=True))
+        found.append(_depthwise(arch, "bf16", _tile("depthwise", arch, "bf16", 64, 64), wide=True))
         found.append(_matmul("fire_expand", arch, "bf16", _tile("fire_expand", arch, "bf16", 64, 64), wide=True))
     return found
 
@@ -46,8 +46,8 @@ def _tile(op: str, arch: str, dtype: str, in_channels: int, out_channels: int):
     return configs.config(configs.Problem(op, dtype, 56, 56, in_channels, out_channels), arch)
 
 
-def _depthwise(arch: str, dtype: str, tile, kernel: int, stride: int, align: int = 8, wide: bool = False) -> dict:
-    constants = {"K": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": align, "WIDE": wide, "ACTIVATION": "silu"}
+def _depthwise(arch: str, dtype: str, tile, align: int = 8, wide: bool = False) -> dict:
+    constants = {"K": 5, "STRIDE_H": 2, "STRIDE_W": 2, "ALIGN": align, "WIDE": wide, "ACTIVATION": "silu"}
     constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
     options = {"num_warps": tile.num_warps, "num_stages": 3}  # num_stages: triton's default, of no effect without a dot
     return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
