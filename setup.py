@@ -48,7 +48,8 @@ class Build(build_ext):
 
         include = ["."] + include_paths() + [sysconfig.get_paths()["include"]]
         isa_macros = [(f"FASTCONV_HAS_{isa.upper()}", "1") for isa in ISAS]
-        torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCONV_CXX_FLAGS", '"' + " ".join(CXX_FLAGS + KERNEL_FLAGS) + '"')]
+        all_flags = " ".join(CXX_FLAGS + KERNEL_FLAGS)
+        torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCONV_CXX_FLAGS", f'"{all_flags}"')]
         jobs = [(source, isa_macros + torch_macros, CXX_FLAGS, "torch") for source in ext.sources if source.startswith("csrc")]
         jobs += [(source, isa_macros, CXX_FLAGS + KERNEL_FLAGS, "core") for source in ext.sources if source.startswith("kernels")]
         for isa, flags in ISAS.items():

@@ -7,12 +7,12 @@ namespace {
 
 void check_expand3x3(const char* op, const Tensor& weight, int64_t squeezed, const Tensor& x) {
   const bool fits = weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == squeezed && weight.size(2) == 3 && weight.size(3) == 3;
-  check(fits, op, "weight3x3 must be (Cout, ", squeezed, ", 3, 3), got ", shape_of(weight));
+  check(fits, op, "weight3x3 must be (Cout, ", squeezed, ", 3, 3), got ", shape_of{weight});
   check_like(op, "weight3x3", weight, x);
 }
 
 void check_some_pixels(const char* op, const Tensor& x) {
-  check(x.size(2) > 0 && x.size(3) > 0, op, "x has no output pixels: ", shape_of(x));
+  check(x.size(2) > 0 && x.size(3) > 0, op, "x has no output pixels: ", shape_of{x});
 }
 
 Tensor aten_expand(const Tensor& x, const Tensor& weight1x1, const OptionalTensor& bias1x1, const Tensor& weight3x3, const OptionalTensor& bias3x3) {
@@ -61,7 +61,7 @@ Tensor fire_expand(Tensor x, Tensor weight1x1, OptionalTensor bias1x1, Tensor we
   check_expand3x3(op, weight3x3, x.size(1), x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
   check_some_pixels(op, x);
-  if (!covered(op, x)) return aten::formatted_like(aten_expand(x, weight1x1, bias1x1, weight3x3, bias3x3), x);
+  if (!covered(x)) return aten::formatted_like(aten_expand(x, weight1x1, bias1x1, weight3x3, bias3x3), x);
   return run_expand(op, x, pack_panels(weight1x1), bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3),
                     bias_or_zeros(bias3x3, weight3x3.size(0)), Output::like_input);
 }
@@ -82,7 +82,7 @@ Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor
   check_expand3x3(op, weight3x3, squeezed, x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
   check_some_pixels(op, x);
-  if (!covered(op, x)) {
+  if (!covered(x)) {
     const Tensor squeeze = aten::conv_act(x, squeeze_weight, squeeze_bias, {1, 1}, {0, 0}, 1, "relu");
     return aten::formatted_like(aten_expand(squeeze, weight1x1, bias1x1, weight3x3, bias3x3), x);
   }

@@ -28,7 +28,7 @@ Tensor run(const char* op, const Tensor& x, const Weights& weights, const Activa
     check(expanded == channels, op, "expand_panels must give the depthwise convolution's ", channels, " channels, got ", expanded);
     expand = {data(*weights.expand_panels), data(*weights.expand_bias), x.size(1), channels, activations.expand};
   } else {
-    check(x.size(1) == channels, op, "x must have the depthwise convolution's ", channels, " channels, got ", shape_of(x));
+    check(x.size(1) == channels, op, "x must have the depthwise convolution's ", channels, " channels, got ", shape_of{x});
   }
   const int64_t out_channels = check_panels(op, "project_panels", weights.project_panels, weights.project_bias, channels);
   SqueezeExcite gate{};
@@ -83,7 +83,7 @@ Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bia
     check_residual(op, *residual, x, x.size(0), pointwise_weight.size(0), output_size(op, "height", x.size(2), kernel, stride[0], padding[0]),
                    output_size(op, "width", x.size(3), kernel, stride[1], padding[1]));
   }
-  if (!covered(op, x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
+  if (!covered(x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
     const Tensor middle = aten::conv_act(x, depthwise_weight, depthwise_bias, stride, padding, x.size(1), depthwise_activation);
     return aten::formatted_like(aten::conv_act(middle, pointwise_weight, pointwise_bias, {1, 1}, {0, 0}, 1, activation, residual), x);
   }
@@ -105,11 +105,11 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
   if (residual) {
     const int64_t kernel = depthwise_weight.size(2);
     const int64_t out_height = output_size(op, "height", x.size(2), kernel, stride[0], padding[0]), out_width = output_size(op, "width", x.size(3), kernel, stride[1], padding[1]);
-    check(project_weight.size(0) == x.size(1) && out_height == x.size(2) && out_width == x.size(3), op, "residual needs an output of x's shape ", shape_of(x),
+    check(project_weight.size(0) == x.size(1) && out_height == x.size(2) && out_width == x.size(3), op, "residual needs an output of x's shape ", shape_of{x},
           ", got (", x.size(0), ", ", project_weight.size(0), ", ", out_height, ", ", out_width, ")");
     added = x;
   }
-  if (!covered(op, x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
+  if (!covered(x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
     const Tensor expanded = aten::conv_act(x, expand_weight, expand_bias, {1, 1}, {0, 0}, 1, activation);
     const Tensor middle = aten::conv_act(expanded, depthwise_weight, depthwise_bias, stride, padding, channels, activation);
     return aten::formatted_like(aten::conv_act(middle, project_weight, project_bias, {1, 1}, {0, 0}, 1, std::nullopt, added), x);

@@ -15,10 +15,10 @@ void check_packed_image(const char* op, const Tensor& x) {
 }
 
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth) {
-  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ", shape_of(bias));
+  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ", shape_of{bias});
   const int64_t out_channels = bias.size(0);
   const bool fits = dense_floats(panels) && panels.dim() == 3 && panels.size(0) == panels_for(out_channels) && panels.size(1) == depth && panels.size(2) == PANEL;
-  check(fits, op, argument, " must be dense float32 (", panels_for(out_channels), ", ", depth, ", ", PANEL, "), got ", shape_of(panels));
+  check(fits, op, argument, " must be dense float32 (", panels_for(out_channels), ", ", depth, ", ", PANEL, "), got ", shape_of{panels});
   return out_channels;
 }
 
@@ -26,15 +26,15 @@ void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t 
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   const bool fits = dense_floats(taps) && taps.dim() == 2 && (taps.size(0) == 9 || taps.size(0) == 25) && taps.size(1) == channels;
-  check(fits, op, "taps must be dense float32 (9 or 25, ", channels, "), got ", shape_of(taps));
-  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) == channels, op, "the depthwise bias must be dense float32 (", channels, ",), got ", shape_of(bias));
+  check(fits, op, "taps must be dense float32 (9 or 25, ", channels, "), got ", shape_of{taps});
+  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) == channels, op, "the depthwise bias must be dense float32 (", channels, ",), got ", shape_of{bias});
   check(depthwise_covers(taps.size(0) == 9 ? 3 : 5, stride, padding), op, "stride must be 1 or 2 along the width and padding below the kernel, got stride (",
         stride[0], ", ", stride[1], ") and padding (", padding[0], ", ", padding[1], ")");
 }
 
 void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   const bool fits = residual.dim() == 4 && residual.size(0) == n && residual.size(1) == c && residual.size(2) == h && residual.size(3) == w;
-  check(fits, op, "residual must have the output's shape (", n, ", ", c, ", ", h, ", ", w, "), got ", shape_of(residual));
+  check(fits, op, "residual must have the output's shape (", n, ", ", c, ", ", h, ", ", w, "), got ", shape_of{residual});
   check_like(op, "residual", residual, x);
 }
 

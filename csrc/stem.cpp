@@ -28,7 +28,7 @@ bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) { return in
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation) {
   const char* op = "stem";
   check_image(op, x);
-  check(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.numel() > 0, op, "weight must be (Cout, ", x.size(1), ", KH, KW), got ", shape_of(weight));
+  check(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.numel() > 0, op, "weight must be (Cout, ", x.size(1), ", KH, KW), got ", shape_of{weight});
   check_like(op, "weight", weight, x);
   check_bias(op, "bias", bias, weight.size(0), x);
   check_pair(op, "stride", stride, 1);
@@ -36,7 +36,7 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
   const Activation parsed = parse_activation(op, "activation", activation);
   output_size(op, "height", x.size(2), weight.size(2), stride[0], padding[0]);
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
-  if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3)))
+  if (!covered(x) || !covers(x.size(1), weight.size(2), weight.size(3)))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, 1, activation), x);
   return run(op, x, pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed, Output::like_input);
 }
@@ -47,7 +47,7 @@ Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints 
   check_pair(op, "kernel_size", kernel_size, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
-  check(covers(x.size(1), kernel_size[0], kernel_size[1]), op, "x must have 1 to 4 channels and kernel_size be at most 7, got ", shape_of(x), " and (",
+  check(covers(x.size(1), kernel_size[0], kernel_size[1]), op, "x must have 1 to 4 channels and kernel_size be at most 7, got ", shape_of{x}, " and (",
         kernel_size[0], ", ", kernel_size[1], ")");
   return run(op, x, panels, bias, kernel_size, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
 }

@@ -1,18 +1,15 @@
 #include "csrc/tensor.h"
 
-#include <cstdlib>
 #include <cstring>
 
 #include "kernels/cpu/pack.h"
 
 namespace fastconv {
 
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
+std::ostream& operator<<(std::ostream& text, shape_of shape) {
   text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i ? ", " : "") << shape.tensor.size(i);
+  return text << (shape.tensor.dim() == 1 ? ",)" : ")");
 }
 
 const char* dtype_name(ScalarType dtype) {
@@ -47,7 +44,7 @@ void check_pair(const char* op, const char* argument, const Ints& pair, int64_t 
 }
 
 void check_image(const char* op, const Tensor& x) {
-  check(x.dim() == 4, op, "x must be (N, C, H, W), got ", shape_of(x));
+  check(x.dim() == 4, op, "x must be (N, C, H, W), got ", shape_of{x});
   check(x.is_cpu(), op, "x must be on the CPU");
   check(x.layout() == Layout::Strided, op, "x must be a dense tensor");
 }
@@ -60,46 +57,26 @@ void check_like(const char* op, const char* argument, const Tensor& tensor, cons
 
 void check_bias(const char* op, const char* argument, const OptionalTensor& bias, int64_t channels, const Tensor& x) {
   if (!bias) return;
-  check(bias->dim() == 1 && bias->size(0) == channels, op, argument, " must be (", channels, ",), got ", shape_of(*bias));
+  check(bias->dim() == 1 && bias->size(0) == channels, op, argument, " must be (", channels, ",), got ", shape_of{*bias});
   check_like(op, argument, *bias, x);
 }
 
 void check_pointwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t in_channels, const Tensor& x) {
   const bool fits = weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == in_channels && weight.size(2) == 1 && weight.size(3) == 1;
-  check(fits, op, argument, " must be (Cout, ", in_channels, ", 1, 1), got ", shape_of(weight));
+  check(fits, op, argument, " must be (Cout, ", in_channels, ", 1, 1), got ", shape_of{weight});
   check_like(op, argument, weight, x);
 }
 
 void check_depthwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t channels, const Tensor& x) {
   const bool fits = weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && (weight.size(2) == 3 || weight.size(2) == 5);
-  check(fits, op, argument, " must be (C, 1, 3, 3) or (C, 1, 5, 5), got ", shape_of(weight));
-  check(weight.size(0) == channels, op, argument, " must have x's ", channels, " channels, got ", shape_of(weight));
+  check(fits, op, argument, " must be (C, 1, 3, 3) or (C, 1, 5, 5), got ", shape_of{weight});
+  check(weight.size(0) == channels, op, argument, " must have x's ", channels, " channels, got ", shape_of{weight});
   check_like(op, argument, weight, x);
 }
 
 int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   check(size + 2 * padding >= kernel, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding, " is below the kernel's ", kernel);
   return (size + 2 * padding - kernel) / stride + 1;
-}
-
-namespace {
-
-std::string backend() {
-  const char* disable = std::getenv("FASTCONV_DISABLE");
-  if (disable && std::string(disable) == "1") return "aten";
-  const char* name = std::getenv("FASTCONV_BACKEND");
-  return name ? name : "";
-}
-
-// Read once: the environment is the process's, not the call's.
-const std::string BACKEND = backend();
-
-}  // namespace
-
-bool covered(const char* op, const Tensor& x) {
-  const bool fits = x.scalar_type() == ScalarType::Float && BACKEND != "aten";
-  check(fits || BACKEND != "cpu", op, "FASTCONV_BACKEND=cpu serves float32 only, got ", dtype_name(x.scalar_type()));
-  return fits;
 }
 
 bool is_channels_last(const Tensor& x) {
@@ -137,7 +114,7 @@ Tensor zeros(int64_t count) {
 }
 
 Tensor pack_panels(const Tensor& weight) {
-  check(weight.dim() == 4, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of(weight));
+  check(weight.dim() == 4, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
@@ -147,7 +124,7 @@ Tensor pack_panels(const Tensor& weight) {
 }
 
 Tensor pack_taps(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.size(1) == 1, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of(weight));
+  check(weight.dim() == 4 && weight.size(1) == 1, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);

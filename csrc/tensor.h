@@ -33,7 +33,11 @@ void check(bool condition, const char* op, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-std::string shape_of(const Tensor& tensor);  // "(1, 3, 224, 224)"
+// A tensor's shape in a message, "(1, 3, 224, 224)": written only when the check has failed.
+struct shape_of {
+  const Tensor& tensor;
+};
+std::ostream& operator<<(std::ostream& text, shape_of shape);
 const char* dtype_name(ScalarType dtype);
 
 Activation parse_activation(const char* op, const char* argument, const OptionalString& name);
@@ -49,8 +53,8 @@ void check_depthwise_weight(const char* op, const char* argument, const Tensor& 
 // Output size of a convolution or pooling window along one axis; throws if no output pixel is left.
 int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding);
 
-// fp32 on the CPU is what the kernels serve; FASTCONV_BACKEND=aten turns them off, =cpu makes anything else an error.
-bool covered(const char* op, const Tensor& x);
+// fp32 is what the kernels serve; any other dtype goes through ATen.
+inline bool covered(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
 
 bool is_channels_last(const Tensor& x);
 

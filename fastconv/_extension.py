@@ -27,6 +27,8 @@ def _requested_backend() -> str:
 def _load() -> str | None:
     """Imports fastconv._C, which registers the operators. Returns why it could not, or None."""
     try:
+        import torch  # noqa: F401  # the extension links to its libraries
+
         import fastconv._C  # noqa: F401
     except ModuleNotFoundError:
         return "it was not built"

@@ -21,7 +21,8 @@ FASTCONV_INLINE bool is_clamp(Activation activation) {
   return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
 }
 
-// exp(v) by 2^n * p(r), r = v - n ln 2, |r| <= ln(2)/2; Cephes' degree-6 polynomial, relative error below 2 ulp.
+// exp(v) by 2^n * p(r), r = v - n ln 2, |r| <= ln(2)/2; Cephes' degree-6 polynomial, relative error below 2 ulp. Past the largest finite
+// result it is infinity, and below the smallest normal one that number.
 FASTCONV_INLINE vec exponential(vec v) {
   const vec x = at_most(at_least(v, splat(-87.3f)), splat(88.3f));
   const vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
@@ -35,10 +36,9 @@ FASTCONV_INLINE vec exponential(vec v) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const ivec exponent = __builtin_convertvector(n, ivec) << 23;
-  return reinterpret_cast<vec>(reinterpret_cast<ivec>(p) + exponent);
+  const vec y = reinterpret_cast<vec>(reinterpret_cast<ivec>(p) + exponent);
+  return v > 88.3f ? splat(std::numeric_limits<float>::infinity()) : y;
 }
-
-FASTCONV_INLINE vec logistic(vec v) { return 1.0f / (1.0f + exponential(-v)); }
 
 FASTCONV_INLINE vec activate(vec v, Activation activation) {
   switch (activation) {
@@ -47,11 +47,11 @@ FASTCONV_INLINE vec activate(vec v, Activation activation) {
     case Activation::hardsigmoid:
       return at_most(at_least(v + 3.0f, vec{}), splat(6.0f)) * (1.0f / 6.0f);
     case Activation::silu: {
-      const vec y = v * logistic(v);
+      const vec y = v / (1.0f + exponential(-v));  // -Inf / Inf is NaN, as in ATen
       return v != v ? v : y;
     }
     case Activation::sigmoid: {
-      const vec y = logistic(v);
+      const vec y = 1.0f / (1.0f + exponential(-v));
       return v != v ? v : y;
     }
     default:

@@ -6,6 +6,7 @@
 // not depend on how the ranges are split among threads.
 //
 // Weights come packed (pack.h): "panels" hold 16 output channels each, (panel, tap * in_channels + c, 16); "taps" are (K*K, channels).
+// A pointwise convolution whose last panel holds at most 8 channels has that panel "paired": two inputs by 8 channels a vector.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,9 @@ constexpr int64_t PANEL = 16;  // output channels in a panel, on every ISA
 #define FASTCONV_SHARED [[gnu::always_inline]]
 FASTCONV_SHARED constexpr inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTCONV_SHARED constexpr inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
+
+constexpr int64_t PAIRED = PANEL / 2;  // most channels of a paired panel
+FASTCONV_SHARED constexpr inline bool last_panel_is_paired(int64_t channels) { return channels % PANEL != 0 && channels % PANEL <= PAIRED; }
 
 struct Range {
   int64_t begin, end;

@@ -2,20 +2,36 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/cpu/kernels.h"
 
 namespace fastconv {
 
+// The last 1 to 8 output channels of a 1x1 convolution, (n0..n0+7) x (k, k+1) interleaved: lane 2j + i of pair k / 2 is w[n0 + j, k + i].
+// One broadcast of two inputs then fills a whole vector, where half of it would multiply zeros.
+inline void pack_paired(const float* weight, int64_t channels, int64_t in_channels, float* panel) {
+  for (int64_t k = 0; k < in_channels; k += 2)
+    for (int64_t j = 0; j < PAIRED; ++j)
+      for (int64_t i = 0; i < 2; ++i) *panel++ = j < channels && k + i < in_channels ? weight[j * in_channels + k + i] : 0.0f;
+}
+
 // (Cout, Cin, KH, KW) -> panels (ceil(Cout / 16), KH * KW * Cin, 16), zeros beyond Cout.
 inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_channels, int64_t taps, float* panels) {
-  for (int64_t g = 0; g < panels_for(out_channels); ++g)
+  for (int64_t g = 0; g < panels_for(out_channels); ++g) {
+    const int64_t first = g * PANEL;
+    if (taps == 1 && out_channels - first <= PAIRED) {
+      std::memset(panels, 0, in_channels * PANEL * sizeof(float));
+      pack_paired(weight + first * in_channels, out_channels - first, in_channels, panels);
+      return;
+    }
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t c = 0; c < in_channels; ++c)
         for (int64_t j = 0; j < PANEL; ++j) {
-          const int64_t n = g * PANEL + j;
+          const int64_t n = first + j;
           *panels++ = n < out_channels ? weight[(n * in_channels + c) * taps + tap] : 0.0f;
         }
+  }
 }
 
 // (C, 1, K, K) -> taps (K * K, C).

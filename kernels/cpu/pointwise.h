@@ -18,8 +18,9 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     const StridedSource source{op.x + m * op.x_stride, op.x_stride, 1, K, 0};
     Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
-    for_each_chunk<PREFERRED_NV>(panels, op.out_channels, [&](auto NV, int64_t column, int64_t columns) {
-      cover<NV>(rows, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
+    const bool paired = last_panel_is_paired(op.out_channels);
+    for_each_chunk<PREFERRED_NV>(panels, op.out_channels, paired, [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
+      cover<NV, PAIR>(rows, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
     });
   }
 }

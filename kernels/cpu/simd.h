@@ -39,6 +39,26 @@ FASTCONV_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_un
 FASTCONV_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
 FASTCONV_INLINE vec splat(float x) { return x - vec{}; }  // x - 0 is x for every x, -0 and NaN included
 
+// (p[0], p[1]) repeated over the vector; with `one`, (p[0], 0) and p[1] is not read.
+typedef int64_t lvec __attribute__((vector_size(W * sizeof(float))));
+FASTCONV_INLINE vec splat_pair(const float* p, bool one = false) {
+  int64_t bits = 0;
+  std::memcpy(&bits, p, one ? sizeof(float) : 2 * sizeof(float));
+  return reinterpret_cast<vec>(bits + lvec{});
+}
+
+// Sums of neighbouring lanes: of a in the lower half of the result, of b in the upper.
+FASTCONV_INLINE vec fold_pairs(vec a, vec b) {
+#if defined(FASTCONV_ISA_IS_AVX512)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(FASTCONV_ISA_IS_AVX2)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
 // The first n lanes of a vector, 0 < n <= W; nothing beyond them is read or written.
 #if defined(FASTCONV_ISA_IS_AVX512)
 FASTCONV_INLINE __mmask16 first(int n) { return static_cast<__mmask16>(0xffffu >> (W - n)); }

@@ -36,7 +36,7 @@ template <int STEP>
 void stem_rows(const Stem& op, Range rows, float* buffer) {
   constexpr int MAX_DEPTH = 7 * 7 * 4;
   int32_t offsets[MAX_DEPTH];  // packed order (kh, kw, c) -> place in the row buffer
-  const int64_t width = op.buffer_width(), depth = op.kernel_h * op.kernel_w * op.in_channels, panel_stride = depth * PANEL;
+  const int64_t width = op.buffer_width(), depth = op.kernel_h * op.kernel_w * op.in_channels;
   for (int64_t k = 0; k < depth; ++k) {
     const int64_t c = k % op.in_channels, kw = k / op.in_channels % op.kernel_w, kh = k / op.in_channels / op.kernel_w;
     offsets[k] = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
@@ -44,8 +44,8 @@ void stem_rows(const Stem& op, Range rows, float* buffer) {
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_stride, op.out_stride, 0};
-    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, [&](auto NV, int64_t column, int64_t columns) {
-      cover<NV>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
+    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
+      cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
         return Stepped<MR, STEP>{buffer + first * op.stride_w, offsets, 1, depth, op.stride_w};
       });
     });

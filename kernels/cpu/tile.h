@@ -13,12 +13,17 @@
 
 namespace fastconv::FASTCONV_ISA {
 
-// Largest tiles whose sums, weights and one broadcast fit the registers (6x64, 8x48, 14x32, 14x16 on AVX-512; 6x16 and 12x8 on AVX2).
-template <int NV>
+// Vectors of sums a paired panel takes a row.
+constexpr int PAIRED_NV = PANEL / W;
+
+// Largest tiles whose sums, weights and one broadcast fit the registers: 6x64, 8x48, 14x32, 14x16 on AVX-512, and 14x24, 9x40 with a
+// paired panel; 6x16, 12x8 and 6x8 paired on AVX2.
+template <int NV, bool PAIR = false>
 constexpr int max_rows() {
-  if constexpr (REGISTERS == 32 && W == 16) return NV == 4 ? 6 : NV == 3 ? 8 : 14;
+  constexpr int VECTORS = NV + (PAIR ? PAIRED_NV : 0);
+  if constexpr (W == 16) return VECTORS == 4 ? 6 : VECTORS == 3 ? (PAIR ? 9 : 8) : 14;
   if constexpr (REGISTERS == 32) return 6;
-  if constexpr (W == 8) return NV == 2 ? 6 : 12;
+  if constexpr (W == 8) return VECTORS == 2 ? 6 : 12;
   return 2;
 }
 constexpr int UNROLL = 4;  // of the depth: addresses become displacements
@@ -48,7 +53,7 @@ struct Strided {
     for (int i = 0; i < (MR + 2) / 3; ++i) p[i] = first + 3 * i * stride;
   }
   FASTCONV_INLINE void next() { x += MR * stride; }
-  FASTCONV_INLINE float at(int r, int64_t, int u) const { return p[r / 3][r % 3 * stride + u]; }
+  FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p[r / 3] + (r % 3 * stride + u); }
   FASTCONV_INLINE void advance(int n) {
 #pragma GCC unroll 8
     for (int i = 0; i < (MR + 2) / 3; ++i) {
@@ -68,7 +73,7 @@ struct Indirect {
     for (int r = 0; r < MR; ++r) p[r] = table[s * MR + r];
   }
   FASTCONV_INLINE void next() {}  // a table serves one tile
-  FASTCONV_INLINE float at(int r, int64_t k, int u) const { return p[r][k + u]; }
+  FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return p[r] + (k + u); }
   FASTCONV_INLINE void advance(int) {}
 };
 
@@ -80,7 +85,7 @@ struct Stepped {
   int64_t segments, depth, step;
   FASTCONV_INLINE void enter(int64_t) {}
   FASTCONV_INLINE void next() { x += MR * (STEP ? STEP : step); }
-  FASTCONV_INLINE float at(int r, int64_t k, int u) const { return x[offsets[k + u] + r * (STEP ? STEP : step)]; }
+  FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return x + (offsets[k + u] + r * (STEP ? STEP : step)); }
   FASTCONV_INLINE void advance(int) {}
 };
 
@@ -93,72 +98,121 @@ struct Output {
   int64_t out_stride, columns;
 };
 
-// `count` tiles one below the other.
-template <int MR, int NV, class Rows>
+// `count` tiles one below the other; PAIR: a paired panel follows the NV vectors.
+template <int MR, int NV, bool PAIR, class Rows>
 __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
+  constexpr int ALL = NV + (PAIR ? PAIRED_NV : 0);
   const int64_t columns = to.columns;
   const Clamp clamp(to.epilogue.activation);
-  vec bias[NV];
+  vec bias[ALL];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) bias[v] = load_up_to(to.epilogue.bias + v * W, columns - v * W);
-  for (; count > 0; --count) {
-    vec sum[MR][NV];
+  if constexpr (PAIR) {
+    float lanes[PANEL] = {};
+    for (int64_t j = 0; j < columns - NV * W; ++j) lanes[2 * j] = to.epilogue.bias[NV * W + j];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
+    for (int v = NV; v < ALL; ++v) bias[v] = load(lanes + (v - NV) * W);
+  }
+  for (; count > 0; --count) {
+    vec sum[MR][ALL];
+#pragma GCC unroll 4
+    for (int v = 0; v < ALL; ++v)
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) sum[r][v] = bias[v];
-    const float* panel[NV];
+    const float* panel[ALL];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) panel[v] = to.panels + (v * W / PANEL) * to.panel_stride + (v * W) % PANEL;
+#pragma GCC unroll 4
+    for (int v = NV; v < ALL; ++v) panel[v] = to.panels + (NV * W / PANEL) * to.panel_stride + (v - NV) * W;
 
     for (int64_t s = 0; s < rows.segments; ++s) {
       rows.enter(s);
       const auto step = [&](int64_t k, int u) FASTCONV_LAMBDA_INLINE {
-        vec weight[NV];
+        vec weight[NV + 1];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + u * PANEL);
+        if constexpr (NV > 0)
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) {
-          const vec x = splat(rows.at(r, k, u));
+          for (int r = 0; r < MR; ++r) {
+            const vec x = splat(*rows.at(r, k, u));
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) sum[r][v] += x * weight[v];
+            for (int v = 0; v < NV; ++v) sum[r][v] += x * weight[v];
+          }
+      };
+      const auto step_pair = [&](int64_t k, int u, bool one) FASTCONV_LAMBDA_INLINE {
+        if constexpr (PAIR) {
+          vec weight[PAIRED_NV];
+#pragma GCC unroll 4
+          for (int v = 0; v < PAIRED_NV; ++v) weight[v] = load(panel[NV + v] + u / 2 * PANEL);
+#pragma GCC unroll 16
+          for (int r = 0; r < MR; ++r) {
+            const vec x = splat_pair(rows.at(r, k, u), one);
+#pragma GCC unroll 4
+            for (int v = 0; v < PAIRED_NV; ++v) sum[r][NV + v] += x * weight[v];
+          }
         }
       };
       const auto advance = [&](int n) FASTCONV_LAMBDA_INLINE {
         rows.advance(n);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) panel[v] += n * PANEL;
+        for (int v = 0; v < ALL; ++v) panel[v] += (v < NV ? n : n / 2) * PANEL;
       };
       int64_t k = 0;
       for (; k + UNROLL <= rows.depth; k += UNROLL) {
 #pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; ++u) step(k, u);
+        for (int u = 0; u < UNROLL; ++u) {
+          step(k, u);
+          if (u % 2 == 0) step_pair(k, u, false);
+        }
         advance(UNROLL);
       }
-      for (; k < rows.depth; ++k) {
+      if (k + 2 <= rows.depth) {
         step(k, 0);
+        step_pair(k, 0, false);
+        step(k, 1);
+        advance(2);
+        k += 2;
+      }
+      if (k < rows.depth) {
+        step(k, 0);
+        step_pair(k, 0, true);
         advance(1);
       }
     }
 
+    // From here on a paired panel's sums are plain columns.
+    constexpr int PLAIN = NV + (PAIR ? (W == 4 ? 2 : 1) : 0);
+    if constexpr (PAIR)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        if constexpr (W == 4) {
+          sum[r][NV] = fold_pairs(sum[r][NV], sum[r][NV + 1]);
+          sum[r][NV + 1] = fold_pairs(sum[r][NV + 2], sum[r][NV + 3]);
+        } else {
+          sum[r][NV] = fold_pairs(sum[r][NV], sum[r][ALL - 1]);
+        }
+      }
     if (to.epilogue.residual) {
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[r][v] += load_up_to(to.epilogue.residual + r * to.epilogue.residual_stride + v * W, columns - v * W);
+        for (int v = 0; v < PLAIN; ++v)
+          if (columns > v * W) sum[r][v] += load_up_to(to.epilogue.residual + r * to.epilogue.residual_stride + v * W, columns - v * W);
     }
-    const auto finish = [&](auto store_last) FASTCONV_LAMBDA_INLINE {
+    const auto finish = [&](auto put) FASTCONV_LAMBDA_INLINE {
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV - 1; ++v) store(to.out + r * to.out_stride + v * W, clamp(sum[r][v]));
-        store_last(to.out + r * to.out_stride + (NV - 1) * W, clamp(sum[r][NV - 1]));
+        for (int v = 0; v < PLAIN; ++v) put(to.out + r * to.out_stride + v * W, clamp(sum[r][v]), v);
       }
     };
-    if (columns == NV * W)
-      finish([](float* p, vec v) FASTCONV_LAMBDA_INLINE { store(p, v); });
+    if (!PAIR && columns == NV * W)
+      finish([](float* p, vec y, int) FASTCONV_LAMBDA_INLINE { store(p, y); });
     else
-      finish([&](float* p, vec v) FASTCONV_LAMBDA_INLINE { store_first(p, v, static_cast<int>(columns - (NV - 1) * W)); });
+      finish([&](float* p, vec y, int v) FASTCONV_LAMBDA_INLINE {
+        if (v < NV - 1 || (PAIR && v < NV)) store(p, y);
+        else if (columns > v * W) store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
+      });
     if (!is_clamp(to.epilogue.activation)) activate_rows(to.out, to.out_stride, MR, columns, to.epilogue.activation);
 
     rows.next();
@@ -189,15 +243,16 @@ FASTCONV_INLINE void with_constant(int64_t n, F f) {
 }
 
 // `count` rows by NV vectors in tiles of nearly equal size; rows_of(MR, first row) tells where a run of MR-row tiles reads.
-template <int NV, int MOST = max_rows<NV>(), class RowsOf>
+template <int NV, bool PAIR, class RowsOf>
 FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
+  constexpr int MOST = max_rows<NV, PAIR>();
   const Pieces pieces(count, MOST);
   const auto run = [&](int64_t size, int64_t first, int64_t number) {
     if (number == 0) return;
     Output at = to;
     at.out += first * to.out_stride;
     if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_stride;
-    with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV>(rows_of(MR, first), number, at); });
+    with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV, PAIR>(rows_of(MR, first), number, at); });
   };
   run(pieces.size + 1, 0, pieces.longer);
   run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);
@@ -213,20 +268,27 @@ FASTCONV_INLINE Output at_column(Output to, int64_t column, int64_t columns) {
   return to;
 }
 
-// Panels [panels.begin, panels.end) in chunks of NV vectors, PREFERRED where there are enough: f(NV, first column, columns).
+// Panels [panels.begin, panels.end) in chunks of NV vectors, PREFERRED where there are enough: f(NV, PAIR, first column, columns). With
+// `paired` the last panel of all is a paired one; it joins up to two whole vectors where registers allow.
 template <int PREFERRED, class F>
-FASTCONV_INLINE void for_each_chunk(Range panels, int64_t out_channels, F f) {
+FASTCONV_INLINE void for_each_chunk(Range panels, int64_t out_channels, bool paired, F f) {
   const int64_t end = panels.end * PANEL < out_channels ? panels.end * PANEL : out_channels;
-  int64_t vectors = ceil_div(end - panels.begin * PANEL, W);
+  const bool pair = paired && panels.end * PANEL > out_channels;
+  const int64_t whole = pair ? (panels.end - 1) * PANEL : end;  // columns before the paired panel
+  constexpr int64_t WITH_PAIR = W == 16 ? 2 : 0;
+  int64_t vectors = ceil_div(whole - panels.begin * PANEL, W);
   int64_t column = panels.begin * PANEL;
-  while (vectors > 0) {
+  while (vectors > (pair ? WITH_PAIR : 0)) {
     int64_t nv = vectors < PREFERRED ? vectors : PREFERRED;
     if (vectors == PREFERRED + 1 && PREFERRED < MAX_NV) nv = PREFERRED + 1;  // 3 = 3, not 2 + 1: one vector alone is slower
-    const int64_t columns = end - column < nv * W ? end - column : nv * W;
-    with_constant<MAX_NV>(nv, [&](auto NV) { f(NV, column, columns); });
+    const int64_t columns = whole - column < nv * W ? whole - column : nv * W;
+    with_constant<MAX_NV>(nv, [&](auto NV) { f(NV, std::false_type{}, column, columns); });
     column += nv * W;
     vectors -= nv;
   }
+  if constexpr (std::is_invocable_v<F, std::integral_constant<int, 0>, std::true_type, int64_t, int64_t>)
+    if (pair)
+      with_constant<WITH_PAIR + 1>(vectors + 1, [&](auto N) { f(std::integral_constant<int, N - 1>{}, std::true_type{}, column, end - column); });
 }
 constexpr int PREFERRED_NV = W == 16 ? 2 : MAX_NV;  // 14x32 loads weights at half the rate of 6x64, so L2 keeps up
 
