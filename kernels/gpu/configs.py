@@ -46,10 +46,11 @@ class MatmulTile:
     num_stages: int
 
 
-# Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them.
+# Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels without 16-byte loads.
 DEPTHWISE = {
     "half": (DepthwiseTile(8, 8, 64, 4), DepthwiseTile(8, 16, 32, 4), DepthwiseTile(16, 16, 16, 4)),
     "f32": (DepthwiseTile(8, 8, 32, 4), DepthwiseTile(8, 16, 16, 4)),
+    "narrow": (DepthwiseTile(8, 8, 16, 4),),
 }
 
 # Narrowest first, and shallow before deep: the first that holds the layer is taken. "small" serves images of at most
@@ -108,7 +109,7 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile:
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if half else 4) != 0
     if problem.op == "depthwise":
-        return _depthwise(DEPTHWISE["half" if half else "f32"], problem.out_channels, narrow_loads)
+        return _depthwise(DEPTHWISE["narrow" if narrow_loads else "half" if half else "f32"], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if half else problem.dtype
     if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
@@ -116,10 +117,8 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile:
     return _matmul(table[kind], problem, narrow_loads)
 
 
-def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int, narrow_loads: bool) -> DepthwiseTile:
+def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int) -> DepthwiseTile:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
-    if narrow_loads:
-        return tiles[1]
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))
 

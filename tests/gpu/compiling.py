@@ -16,7 +16,7 @@ from pathlib import Path
 from fastconv.kernels.gpu import configs
 
 POINTER = {"f32": "*fp32", "tf32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
-DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",)}
+DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "f16", "bf16")}
 
 
 def jobs() -> list[dict]:
