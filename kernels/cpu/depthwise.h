@@ -17,47 +17,64 @@ struct TapRows {
   Range kh;
 };
 
-// One tile: TILE columns from `ow`, one vector of channels. At the image's edge, columns outside are skipped, not read.
-template <int K, int STRIDE, int TILE, bool EDGE>
-FASTCONV_INLINE void depthwise_tile(const Depthwise& op, const TapRows<K>& rows, int64_t ow, int64_t c, int lanes) {
-  const auto read = [&](const float* p) { return lanes == W ? load(p) : load_first(p, lanes); };
-  vec sum[TILE];
-  const vec bias = read(op.bias + c);
+// One tap row of one tile: every input is loaded once and used for all tap columns. At the image's edge, inputs outside [first, last) are
+// skipped, not read.
+template <int K, int STRIDE, int TILE, bool EDGE, class Read>
+FASTCONV_INLINE void depthwise_tap_row(vec (&sum)[TILE], const float* x, int64_t x_stride, const float* taps, int64_t channels, int64_t first,
+                                       int64_t last, Read read) {
+  vec tap[K];
 #pragma GCC unroll 8
-  for (int t = 0; t < TILE; ++t) sum[t] = bias;
-  const int64_t left = ow * STRIDE - op.pad_w;
-  for (int64_t kh = rows.kh.begin; kh < rows.kh.end; ++kh) {
-    const float* row = rows.row[kh] + left * op.x_stride + c;
-    vec tap[K];
-#pragma GCC unroll 8
-    for (int kw = 0; kw < K; ++kw) tap[kw] = read(op.taps + (kh * K + kw) * op.channels + c);
+  for (int kw = 0; kw < K; ++kw) tap[kw] = read(taps + kw * channels);
 #pragma GCC unroll 32
-    for (int j = 0; j < (TILE - 1) * STRIDE + K; ++j) {
-      if (EDGE && (left + j < 0 || left + j >= op.width)) continue;
-      const vec x = read(row + j * op.x_stride);
+  for (int j = 0; j < (TILE - 1) * STRIDE + K; ++j, x += x_stride) {
+    if (EDGE && (j < first || j >= last)) continue;
+    const vec value = read(x);
 #pragma GCC unroll 8
-      for (int kw = 0; kw < K; ++kw)
-        if ((j - kw) % STRIDE == 0 && j >= kw && (j - kw) / STRIDE < TILE) sum[(j - kw) / STRIDE] += x * tap[kw];
+    for (int kw = 0; kw < K; ++kw)
+      if ((j - kw) % STRIDE == 0 && j >= kw && (j - kw) / STRIDE < TILE) sum[(j - kw) / STRIDE] += value * tap[kw];
+  }
+}
+
+// TILE columns from `ow`, over all channels of the range. WHOLE: all K tap rows lie in the image.
+template <int K, int STRIDE, int TILE, bool EDGE, bool WHOLE>
+FASTCONV_INLINE void depthwise_tile(const Depthwise& op, const TapRows<K>& rows, int64_t ow, Range channels) {
+  const int64_t left = ow * STRIDE - op.pad_w, x_stride = op.x_stride, all = op.channels;
+  const Clamp clamp(op.activation);
+  float* const out = op.out + ow * op.out_stride;
+  const auto block = [&](int64_t c, auto read, auto write) FASTCONV_LAMBDA_INLINE {
+    vec sum[TILE];
+    const vec bias = read(op.bias + c);
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; ++t) sum[t] = bias;
+    const auto tap_row = [&](int64_t kh) FASTCONV_LAMBDA_INLINE {
+      depthwise_tap_row<K, STRIDE, TILE, EDGE>(sum, rows.row[kh] + left * x_stride + c, x_stride, op.taps + kh * K * all + c, all, -left,
+                                               op.width - left, read);
+    };
+    if constexpr (WHOLE) {
+#pragma GCC unroll 8
+      for (int kh = 0; kh < K; ++kh) tap_row(kh);
+    } else {
+      for (int64_t kh = rows.kh.begin; kh < rows.kh.end; ++kh) tap_row(kh);
     }
-  }
-  float* out = op.out + ow * op.out_stride + c;
 #pragma GCC unroll 8
-  for (int t = 0; t < TILE; ++t) {
-    const vec y = activate(sum[t], op.activation);
-    lanes == W ? store(out + t * op.out_stride, y) : store_first(out + t * op.out_stride, y, lanes);
-  }
+    for (int t = 0; t < TILE; ++t) write(out + t * op.out_stride + c, clamp(sum[t]));
+  };
+  int64_t c = channels.begin;
+  for (; c + W <= channels.end; c += W)
+    block(c, [](const float* p) FASTCONV_LAMBDA_INLINE { return load(p); }, [](float* p, vec y) FASTCONV_LAMBDA_INLINE { store(p, y); });
+  if (const int lanes = static_cast<int>(channels.end - c); lanes > 0)
+    block(c, [&](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, lanes); },
+          [&](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, lanes); });
 }
 
 template <int K, int STRIDE, int TILE>
 __attribute__((noinline)) void depthwise_tile_any(const Depthwise& op, const TapRows<K>& rows, int64_t ow, Range channels) {
   const int64_t left = ow * STRIDE - op.pad_w;
-  const bool edge = left < 0 || left + (TILE - 1) * STRIDE + K > op.width;
-  int64_t c = channels.begin;
-  if (edge)
-    for (; c + W <= channels.end; c += W) depthwise_tile<K, STRIDE, TILE, true>(op, rows, ow, c, W);
-  else
-    for (; c + W <= channels.end; c += W) depthwise_tile<K, STRIDE, TILE, false>(op, rows, ow, c, W);
-  if (c < channels.end) depthwise_tile<K, STRIDE, TILE, true>(op, rows, ow, c, static_cast<int>(channels.end - c));
+  const bool inside = left >= 0 && left + (TILE - 1) * STRIDE + K <= op.width, whole = rows.kh.size() == K;
+  if (inside && whole) depthwise_tile<K, STRIDE, TILE, false, true>(op, rows, ow, channels);
+  else if (whole) depthwise_tile<K, STRIDE, TILE, true, true>(op, rows, ow, channels);
+  else depthwise_tile<K, STRIDE, TILE, true, false>(op, rows, ow, channels);
+  if (!is_clamp(op.activation)) activate_rows(op.out + ow * op.out_stride + channels.begin, op.out_stride, TILE, channels.size(), op.activation);
 }
 
 template <int K, int STRIDE>
