@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastconv import _extension
-
-ISAS = sys.modules["fastconv._C"].isas() if _extension.available else ["ATen"]
+from harness import ISAS
 
 
 @pytest.fixture(autouse=True)

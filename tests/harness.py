@@ -1,5 +1,6 @@
 """What every operator's test needs: data, a float64 answer with its error bound, layouts, and the checks that all operators share."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastconv import _extension, reference
 
+ISAS = sys.modules["fastconv._C"].isas() if _extension.available else ["ATen"]
 every_isa = pytest.mark.usefixtures("isa", "poison")  # for a test of a kernel: once per instruction set, on poisoned memory
 
 U = 2.0**-24  # float32's unit roundoff

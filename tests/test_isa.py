@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ISAS
+from harness import ISAS
 
 from fastconv import _extension
 

@@ -1,0 +1,148 @@
+// The kernel core without torch or Python: every kernel of every instruction set this CPU has, against plain loops, on integer-valued data,
+// so that results must be equal. Prints one line an instruction set; exits with 1 at the first difference.
+//
+//   g++ -std=c++20 -O2 -I. tests/core/check_kernels.cpp kernels/cpu/{blocks,isa}.cpp OBJECTS && ./a.out
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/pack.h"
+
+using namespace fastconv;
+
+namespace {
+
+constexpr float SENTINEL = -12345.0f;
+std::mt19937 generator(7);
+long cases = 0;
+
+std::vector<float> integers(int64_t count) {
+  std::uniform_int_distribution<int> pick(-4, 4);
+  std::vector<float> values(count);
+  for (float& value : values) value = static_cast<float>(pick(generator));
+  return values;
+}
+
+void expect_equal(const std::string& what, const std::vector<float>& got, const std::vector<float>& wanted) {
+  ++cases;
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (got[i] != wanted[i]) {
+      std::printf("%s %s: element %zu is %g, wanted %g\n", kernels().isa, what.c_str(), i, got[i], wanted[i]);
+      std::exit(1);
+    }
+}
+
+float relu6(float v) { return v < 0 ? 0 : v > 6 ? 6 : v; }
+
+struct Shape {
+  int64_t c, h, w, out, kernel, stride, pad;
+  int64_t out_h() const { return (h + 2 * pad - kernel) / stride + 1; }
+  int64_t out_w() const { return (w + 2 * pad - kernel) / stride + 1; }
+  std::string name() const {
+    return "c" + std::to_string(c) + " " + std::to_string(h) + "x" + std::to_string(w) + " out" + std::to_string(out) + " k" + std::to_string(kernel) + " s" +
+           std::to_string(stride) + " p" + std::to_string(pad);
+  }
+};
+
+// Dense or depthwise (groups = channels) convolution, channels innermost, weight (out, c or 1, k, k).
+std::vector<float> convolve(const Shape& s, bool depthwise, const std::vector<float>& x, const std::vector<float>& weight, const std::vector<float>& bias) {
+  std::vector<float> y(s.out_h() * s.out_w() * s.out);
+  for (int64_t oh = 0; oh < s.out_h(); ++oh)
+    for (int64_t ow = 0; ow < s.out_w(); ++ow)
+      for (int64_t n = 0; n < s.out; ++n) {
+        float sum = bias[n];
+        for (int64_t kh = 0; kh < s.kernel; ++kh)
+          for (int64_t kw = 0; kw < s.kernel; ++kw) {
+            const int64_t ih = oh * s.stride - s.pad + kh, iw = ow * s.stride - s.pad + kw;
+            if (ih < 0 || ih >= s.h || iw < 0 || iw >= s.w) continue;
+            const float* pixel = &x[(ih * s.w + iw) * s.c];
+            if (depthwise) {
+              sum += pixel[n] * weight[(n * s.kernel + kh) * s.kernel + kw];
+            } else {
+              for (int64_t c = 0; c < s.c; ++c) sum += pixel[c] * weight[((n * s.c + c) * s.kernel + kh) * s.kernel + kw];
+            }
+          }
+        y[(oh * s.out_w() + ow) * s.out + n] = relu6(sum);
+      }
+  return y;
+}
+
+std::vector<float> panels_of(const std::vector<float>& weight, const Shape& s) {
+  std::vector<float> panels(panels_for(s.out) * s.kernel * s.kernel * s.c * PANEL);
+  pack_panels(weight.data(), s.out, s.c, s.kernel * s.kernel, panels.data());
+  return panels;
+}
+
+void check_pointwise(int64_t pixels, int64_t in, int64_t out) {
+  const Shape s{in, pixels, 1, out, 1, 1, 0};
+  const auto x = integers(pixels * in), weight = integers(out * in), bias = integers(out), residual = integers(pixels * out);
+  const auto panels = panels_of(weight, s);
+  std::vector<float> y(pixels * out, SENTINEL), wanted(pixels * out);
+  for (int64_t m = 0; m < pixels; ++m)
+    for (int64_t n = 0; n < out; ++n) {
+      float sum = bias[n] + residual[m * out + n];
+      for (int64_t k = 0; k < in; ++k) sum += x[m * in + k] * weight[n * in + k];
+      wanted[m * out + n] = relu6(sum);
+    }
+  kernels().pointwise({x.data(), in, in, out, panels.data(), {bias.data(), residual.data(), out, Activation::relu6}, y.data(), out}, {0, pixels}, {0, panels_for(out)});
+  expect_equal("pointwise " + s.name(), y, wanted);
+}
+
+void check_conv(const Shape& s) {
+  const auto x = integers(s.h * s.w * s.c), weight = integers(s.out * s.c * s.kernel * s.kernel), bias = integers(s.out);
+  const std::vector<float> zeros(s.c), panels = panels_of(weight, s), wanted = convolve(s, false, x, weight, bias);
+  std::vector<float> y(wanted.size(), SENTINEL);
+  const Epilogue epilogue{bias.data(), nullptr, 0, Activation::relu6};
+  kernels().conv({x.data(), s.c, s.h, s.w, s.c, s.out, s.out_h(), s.out_w(), s.kernel, s.kernel, s.stride, s.stride, s.pad, s.pad, panels.data(), zeros.data(), epilogue,
+                  y.data(), s.out},
+                 {0, s.out_h() * s.out_w()}, {0, panels_for(s.out)});
+  expect_equal("conv " + s.name(), y, wanted);
+  if (s.c > 4) return;
+  y.assign(wanted.size(), SENTINEL);
+  const Stem stem{x.data(), 1, s.w * s.c, s.c, s.h, s.w, s.c, s.out, s.out_h(), s.out_w(), s.kernel, s.kernel, s.stride, s.stride, s.pad, s.pad, panels.data(), epilogue, y.data(), s.out};
+  std::vector<float> scratch(stem.scratch_floats());
+  kernels().stem(stem, {0, s.out_h()}, scratch.data());
+  expect_equal("stem " + s.name(), y, wanted);
+}
+
+void check_depthwise(const Shape& s) {
+  const auto x = integers(s.h * s.w * s.c), weight = integers(s.c * s.kernel * s.kernel), bias = integers(s.c);
+  std::vector<float> taps(weight.size());
+  pack_taps(weight.data(), s.c, s.kernel * s.kernel, taps.data());
+  const std::vector<float> wanted = convolve(s, true, x, weight, bias);
+  std::vector<float> y(wanted.size(), SENTINEL);
+  kernels().depthwise({x.data(), s.c, s.w * s.c, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad, s.pad, taps.data(), bias.data(), Activation::relu6, y.data(),
+                       s.c, s.out_w() * s.c},
+                      {0, s.out_h()}, {0, s.c});
+  expect_equal("depthwise " + s.name(), y, wanted);
+}
+
+}  // namespace
+
+int main() {
+  const int64_t channels[] = {1, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 64, 72, 100};
+  for (const std::string& isa : supported_isas()) {
+    set_isa(isa);
+    cases = 0;
+    for (const int64_t in : channels)
+      for (const int64_t out : channels)
+        for (const int64_t pixels : {1, 5, 13, 14, 29}) check_pointwise(pixels, in, out);
+    for (const int64_t c : channels)
+      for (const int64_t size : {1, 2, 5, 7, 16})
+        for (const int64_t kernel : {3, 5})
+          for (const int64_t stride : {1, 2})
+            for (const int64_t pad : {int64_t{0}, kernel / 2, kernel - 1}) {
+              const Shape depthwise{c, size, size + 1, c, kernel, stride, pad};
+              if (size + 2 * pad < kernel) continue;
+              check_depthwise(depthwise);
+              if (c <= 17) check_conv({c, size, size + 1, c + 2, kernel, stride, pad});
+            }
+    std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
+  }
+  return 0;
+}
