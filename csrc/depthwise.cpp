@@ -33,7 +33,7 @@ Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints
   const Activation parsed = parse_activation(op, "activation", activation);
   output_size(op, "height", x.size(2), weight.size(2), stride[0], padding[0]);
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
-  if (!covered(x) || !depthwise_covers(weight.size(2), stride, padding))
+  if (!covered(op, x) || !depthwise_covers(weight.size(2), stride, padding))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, x.size(1), activation), x);
   return run(op, x, pack_taps(weight), bias_or_zeros(bias, x.size(1)), stride, padding, parsed, Output::like_input);
 }

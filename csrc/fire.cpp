@@ -38,15 +38,17 @@ Tensor run_expand(const char* op, const Tensor& x, const Tensor& panels1x1, cons
 }
 
 Tensor run(const char* op, const Tensor& x, const Tensor& squeeze_panels, const Tensor& squeeze_bias, const Tensor& panels1x1, const Tensor& bias1x1,
-           const Tensor& panels3x3, const Tensor& bias3x3, Output output) {
+           const Tensor& panels3x3, const Tensor& bias3x3, const OptionalTensor& winograd3x3, Output output) {
   check_packed_image(op, x);
   check_some_pixels(op, x);
   const int64_t squeezed = check_panels(op, "squeeze_panels", squeeze_panels, squeeze_bias, x.size(1));
   const int64_t out1 = check_panels(op, "panels1x1", panels1x1, bias1x1, squeezed), out3 = check_panels(op, "panels3x3", panels3x3, bias3x3, squeezed * 9);
+  if (winograd3x3) check_panels(op, "winograd3x3", *winograd3x3, bias3x3, squeezed * 36);
   const Image in(x);
   Result out(in.n, out1 + out3, in.h, in.w, x, output);
   const Fire call{in.data, in.n, in.h, in.w, {data(squeeze_panels), data(squeeze_bias), in.c, squeezed, Activation::relu},
-                  {data(panels1x1), data(bias1x1), squeezed, out1, Activation::relu}, data(panels3x3), data(bias3x3), out3, out.data()};
+                  {data(panels1x1), data(bias1x1), squeezed, out1, Activation::relu}, data(panels3x3),
+                  winograd3x3 ? data(*winograd3x3) : nullptr, data(bias3x3), out3, out.data()};
   run_fire(call, parallel());
   return out.done();
 }
@@ -61,7 +63,7 @@ Tensor fire_expand(Tensor x, Tensor weight1x1, OptionalTensor bias1x1, Tensor we
   check_expand3x3(op, weight3x3, x.size(1), x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
   check_some_pixels(op, x);
-  if (!covered(x)) return aten::formatted_like(aten_expand(x, weight1x1, bias1x1, weight3x3, bias3x3), x);
+  if (!covered(op, x)) return aten::formatted_like(aten_expand(x, weight1x1, bias1x1, weight3x3, bias3x3), x);
   return run_expand(op, x, pack_panels(weight1x1), bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3),
                     bias_or_zeros(bias3x3, weight3x3.size(0)), Output::like_input);
 }
@@ -82,16 +84,18 @@ Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor
   check_expand3x3(op, weight3x3, squeezed, x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
   check_some_pixels(op, x);
-  if (!covered(x)) {
+  if (!covered(op, x)) {
     const Tensor squeeze = aten::conv_act(x, squeeze_weight, squeeze_bias, {1, 1}, {0, 0}, 1, "relu");
     return aten::formatted_like(aten_expand(squeeze, weight1x1, bias1x1, weight3x3, bias3x3), x);
   }
   return run(op, x, pack_panels(squeeze_weight), bias_or_zeros(squeeze_bias, squeezed), pack_panels(weight1x1),
-             bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)), Output::like_input);
+             bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)), std::nullopt,
+             Output::like_input);
 }
 
-Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3) {
-  return run("fire_packed", x, squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3, Output::channels_last);
+Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
+                   OptionalTensor winograd3x3) {
+  return run("fire_packed", x, squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3, winograd3x3, Output::channels_last);
 }
 
 }  // namespace fastconv

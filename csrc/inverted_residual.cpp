@@ -83,7 +83,7 @@ Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bia
     check_residual(op, *residual, x, x.size(0), pointwise_weight.size(0), output_size(op, "height", x.size(2), kernel, stride[0], padding[0]),
                    output_size(op, "width", x.size(3), kernel, stride[1], padding[1]));
   }
-  if (!covered(x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
+  if (!covered(op, x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
     const Tensor middle = aten::conv_act(x, depthwise_weight, depthwise_bias, stride, padding, x.size(1), depthwise_activation);
     return aten::formatted_like(aten::conv_act(middle, pointwise_weight, pointwise_bias, {1, 1}, {0, 0}, 1, activation, residual), x);
   }
@@ -109,7 +109,7 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
           ", got (", x.size(0), ", ", project_weight.size(0), ", ", out_height, ", ", out_width, ")");
     added = x;
   }
-  if (!covered(x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
+  if (!covered(op, x) || !depthwise_covers(depthwise_weight.size(2), stride, padding)) {
     const Tensor expanded = aten::conv_act(x, expand_weight, expand_bias, {1, 1}, {0, 0}, 1, activation);
     const Tensor middle = aten::conv_act(expanded, depthwise_weight, depthwise_bias, stride, padding, channels, activation);
     return aten::formatted_like(aten::conv_act(middle, project_weight, project_bias, {1, 1}, {0, 0}, 1, std::nullopt, added), x);

@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("max_pool", TORCH_BOX(&fastconv::max_pool));
   m.impl("global_avg_pool", TORCH_BOX(&fastconv::global_avg_pool));
   m.impl("pack_panels", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_panels)));
+  m.impl("pack_winograd", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_winograd)));
   m.impl("pack_taps", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_taps)));
   m.impl("depthwise_packed", TORCH_BOX(&fastconv::depthwise_packed));
   m.impl("pointwise_packed", TORCH_BOX(&fastconv::pointwise_packed));

@@ -22,7 +22,8 @@ Tensor global_avg_pool(Tensor x);
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation);
 Tensor fire_expand_packed(Tensor x, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3);
-Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3);
+Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
+                   OptionalTensor winograd3x3);
 Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, OptionalTensor expand_bias, Tensor taps, Tensor depthwise_bias,
                                 std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual, Ints stride, Ints padding,
                                 OptionalString expand_activation, OptionalString depthwise_activation, OptionalString squeeze_activation,

@@ -31,7 +31,7 @@ Tensor pointwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor re
   check_bias(op, "bias", bias, weight.size(0), x);
   if (residual) check_residual(op, *residual, x, x.size(0), weight.size(0), x.size(2), x.size(3));
   const Activation parsed = parse_activation(op, "activation", activation);
-  if (!covered(x)) return aten::formatted_like(aten::conv_act(x, weight, bias, {1, 1}, {0, 0}, 1, activation, residual), x);
+  if (!covered(op, x)) return aten::formatted_like(aten::conv_act(x, weight, bias, {1, 1}, {0, 0}, 1, activation, residual), x);
   return run_pointwise(op, x, pack_panels(weight), bias_or_zeros(bias, weight.size(0)), residual, parsed, Output::like_input);
 }
 

@@ -26,7 +26,7 @@ Tensor max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode) {
   check(x.size(2) > 0 && x.size(3) > 0, op, "x has no pixels: ", shape_of{x});
   const int64_t out_height = pooled_size(op, "height", x.size(2), stride[0], padding[0], ceil_mode);
   const int64_t out_width = pooled_size(op, "width", x.size(3), stride[1], padding[1], ceil_mode);
-  if (!covered(x)) return aten::formatted_like(aten::max_pool(x, stride, padding, ceil_mode), x);
+  if (!covered(op, x)) return aten::formatted_like(aten::max_pool(x, stride, padding, ceil_mode), x);
   const Image in(x);
   Result out(in.n, in.c, out_height, out_width, x, Output::like_input);
   const MaxPool image{in.data, in.c, in.h, in.w, in.c, out_width, stride[0], stride[1], padding[0], padding[1], out.data(), in.c};
@@ -38,7 +38,7 @@ Tensor global_avg_pool(Tensor x) {
   const char* op = "global_avg_pool";
   check_image(op, x);
   check(x.size(2) > 0 && x.size(3) > 0, op, "x has no pixels: ", shape_of{x});
-  if (!covered(x)) return aten::formatted_like(aten::global_avg_pool(x), x);
+  if (!covered(op, x)) return aten::formatted_like(aten::global_avg_pool(x), x);
   const Image in(x);
   Result out(in.n, in.c, 1, 1, x, Output::like_input);
   run_global_avg_pool(in.data, in.n, in.h * in.w, in.c, out.data(), parallel());

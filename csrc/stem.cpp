@@ -21,7 +21,10 @@ Tensor run(const char* op, const Tensor& x, const Tensor& panels, const Tensor& 
   return out.done();
 }
 
-bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) { return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7; }
+// A 1x1 convolution is not a stem: its panels are packed for the pointwise kernel.
+bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) {
+  return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7 && kernel_h * kernel_w > 1;
+}
 
 }  // namespace
 
@@ -36,7 +39,7 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
   const Activation parsed = parse_activation(op, "activation", activation);
   output_size(op, "height", x.size(2), weight.size(2), stride[0], padding[0]);
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
-  if (!covered(x) || !covers(x.size(1), weight.size(2), weight.size(3)))
+  if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3)))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, 1, activation), x);
   return run(op, x, pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed, Output::like_input);
 }
@@ -47,7 +50,7 @@ Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints 
   check_pair(op, "kernel_size", kernel_size, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
-  check(covers(x.size(1), kernel_size[0], kernel_size[1]), op, "x must have 1 to 4 channels and kernel_size be at most 7, got ", shape_of{x}, " and (",
+  check(covers(x.size(1), kernel_size[0], kernel_size[1]), op, "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", shape_of{x}, " and (",
         kernel_size[0], ", ", kernel_size[1], ")");
   return run(op, x, panels, bias, kernel_size, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
 }

@@ -1,5 +1,6 @@
 #include "csrc/tensor.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/cpu/pack.h"
@@ -79,6 +80,23 @@ int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kern
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
+namespace {
+
+bool forced() {
+  const char* backend = std::getenv("FASTCONV_BACKEND");
+  return backend && std::string(backend) == "cpu";
+}
+
+const bool FORCED = forced();  // read once: the environment is the process's, not the call's
+
+}  // namespace
+
+bool covered(const char* op, const Tensor& x) {
+  const bool fits = x.scalar_type() == ScalarType::Float;
+  check(fits || !FORCED, op, "FASTCONV_BACKEND=cpu does not cover ", dtype_name(x.scalar_type()), " on cpu");
+  return fits;
+}
+
 bool is_channels_last(const Tensor& x) {
   int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {
@@ -120,6 +138,16 @@ Tensor pack_panels(const Tensor& weight) {
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
   Tensor panels = floats({panels_for(out_channels), taps * in_channels, PANEL});
   pack_panels(data(dense), out_channels, in_channels, taps, static_cast<float*>(panels.mutable_data_ptr()));
+  return panels;
+}
+
+Tensor pack_winograd(const Tensor& weight) {
+  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "pack_winograd", "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+  Tensor panels = floats({panels_for(out_channels), 36 * in_channels, PANEL});
+  pack_winograd(data(dense), out_channels, in_channels, static_cast<float*>(panels.mutable_data_ptr()));
   return panels;
 }
 

@@ -53,8 +53,8 @@ void check_depthwise_weight(const char* op, const char* argument, const Tensor& 
 // Output size of a convolution or pooling window along one axis; throws if no output pixel is left.
 int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding);
 
-// fp32 is what the kernels serve; any other dtype goes through ATen.
-inline bool covered(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
+// fp32 is what the kernels serve; any other dtype goes through ATen, or is an error under FASTCONV_BACKEND=cpu.
+bool covered(const char* op, const Tensor& x);
 
 bool is_channels_last(const Tensor& x);
 
@@ -87,6 +87,7 @@ inline const float* data(const Tensor& tensor) { return static_cast<const float*
 
 // Weights packed for one call, or views of ones packed before.
 Tensor pack_panels(const Tensor& weight);
+Tensor pack_winograd(const Tensor& weight);
 Tensor pack_taps(const Tensor& weight);
 Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels);
 

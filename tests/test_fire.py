@@ -35,10 +35,25 @@ def expected(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bia
 
 
 def both(x, *params):
-    """The public operator's output, checked to be the prepared kernel's, too."""
+    """The public operator's output, checked to be the exact prepared kernel's, too."""
     y = ops.fire(x, *params)
-    assert torch.equal(ops.prepare_fire(*params)(x), y)
+    assert torch.equal(ops.prepare_fire(*params, exact=True)(x), y)
     return y
+
+
+def admits_winograd(x, params, case=None):
+    """The prepared kernel without `exact` is within 1e-5 of the largest sum, which random data reaches to about a half."""
+    y = ops.prepare_fire(*params)(x).double()
+    squeezed = reference.pointwise(x.double(), params[0].double(), params[1].double(), activation="relu")
+    sums = torch.cat(
+        [
+            torch.conv2d(squeezed, params[2].double(), params[3].double()),
+            torch.conv2d(squeezed, params[4].double(), params[5].double(), padding=1),
+        ],
+        1,
+    )
+    error = (y - sums.relu()).abs().max() / sums.abs().max()
+    assert error <= 1e-5, (error, case)
 
 
 @every_isa
@@ -67,6 +82,35 @@ def test_sizes_are_exact():
 def test_network_shapes(channels, squeeze, out, size):
     x, params = reals(1, channels, size, size), weights(channels, squeeze, out, out)
     expected(x, *params).admits(both(x, *params))
+
+
+@every_isa
+@pytest.mark.parametrize(
+    ("channels", "squeeze", "out", "size"), [(64, 16, 64, 55), (256, 32, 128, 27), (256, 48, 192, 27), (512, 64, 256, 13)]
+)
+def test_winograd_network_shapes(channels, squeeze, out, size):
+    admits_winograd(reals(1, channels, size, size), weights(channels, squeeze, out, out))
+
+
+@every_isa
+def test_winograd_sizes():
+    """Every remainder of the 4x4 tiles, and sizes too small for them."""
+    for squeeze, out3x3 in ((5, 20), (16, 33), (33, 7)):
+        params = weights(3, squeeze, 18, out3x3)
+        for height in (1, 2, 4, 5, 7, 8, 11, 14):
+            for width in (1, 3, 4, 6, 8, 9, 13, 31):
+                admits_winograd(reals(2, 3, height, width), params, (squeeze, out3x3, height, width))
+
+
+@every_isa
+def test_winograd_keeps_bits_nonfinite_values_and_overflow():
+    params = weights(4, 6, 19, 18)
+    call, double = ops.prepare_fire(*params), [p.double() for p in params]
+    check_same_bits(call, reals(3, 4, 29, 14))
+    check_nonfinite(call, lambda x: reference.fire(x, *double), reals(2, 4, 13, 15))
+    huge = reals(1, 4, 12, 12)
+    huge[0, :, 5, 5] = 3e37  # its transforms would overflow, its direct sums do not
+    assert torch.equal(call(huge)[..., 4:8, :], ops.fire(huge, *params)[..., 4:8, :])
 
 
 @every_isa

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastconv.models import squeezenet1_1
 from fastconv.models._torchvision import import_torchvision
-from fastconv.optimize import optimize, revert
+from fastconv.optimize import explain, optimize, revert
 from fastconv.optimize.layers import Kernel
 from fastconv.optimize.module import OptimizedModule
 from fastconv.optimize.plan import Plan
@@ -604,7 +605,7 @@ def test_packs_again_only_what_changed(monkeypatch):
     run(fast, X)
     packed = []
     prepare = Kernel.prepare
-    monkeypatch.setattr(Kernel, "prepare", lambda kernel, like: packed.append(kernel.op) or prepare(kernel, like))
+    monkeypatch.setattr(Kernel, "prepare", lambda kernel, *options: packed.append(kernel.op) or prepare(kernel, *options))
     run(fast, X)
     assert packed == []
     with torch.no_grad():
@@ -777,11 +778,6 @@ def test_dtype(dtype):
     eager = run(copy.deepcopy(model).to(dtype), X.to(dtype))
     assert actual.dtype == dtype
     assert error(actual.double(), wide) <= max(1e-12, 2 * error(eager.double(), wide))
-
-
-def test_exact_is_kept():
-    assert optimize(small(), exact=True).exact
-    assert not optimize(small()).exact
 
 
 def test_errors():
@@ -1089,3 +1085,15 @@ def test_planned_that_does_not_trace():
 def test_planned_must_define_forward():
     with pytest.raises(NotImplementedError, match="Planned must define _forward"):
         Planned()(X)
+
+
+def test_exact_leaves_winograd_out():
+    model = squeezenet1_1().eval()
+    near, exact = optimize(model), optimize(model, exact=True)
+    kernels = [{row.kernel for row in explain(fast).rows} for fast in (near, exact)]
+    assert any("winograd" in str(kernel) for kernel in kernels[0])
+    assert not any("winograd" in str(kernel) for kernel in kernels[1])
+    x = torch.randn(1, 3, 97, 131)
+    assert error(run(exact, x), run(model, x)) <= 1e-6
+    assert error(run(near, x), run(model, x)) <= 1e-5
+    assert not torch.equal(run(near, x), run(exact, x))

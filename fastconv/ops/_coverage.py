@@ -16,7 +16,7 @@ def uncovered(name: str, **arguments) -> str | None:
     if name == "stem":
         if channels > 4:
             return f"{channels} input channels"
-        if max(kernel) > 7:
+        if not 1 < max(kernel) <= 7:
             return f"a {kernel[0]} x {kernel[1]} kernel"
     else:
         if kernel not in ((3, 3), (5, 5)):

@@ -29,6 +29,11 @@ def pack_panels(weight):
     return weight.new_empty((-(-out_channels // PANEL), kh * kw * in_channels, PANEL))
 
 
+def pack_winograd(weight):
+    out_channels, in_channels = weight.shape[:2]
+    return weight.new_empty((-(-out_channels // PANEL), 36 * in_channels, PANEL))
+
+
 def pack_taps(weight):
     return weight.new_empty((weight.shape[2] * weight.shape[3], weight.shape[0]))
 
@@ -45,7 +50,7 @@ def fire_expand_packed(x, panels1x1, bias1x1, panels3x3, bias3x3):
     return _image(x, bias1x1.numel() + bias3x3.numel(), *x.shape[2:])
 
 
-def fire_packed(x, squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3):
+def fire_packed(x, squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3, winograd3x3=None):
     return _image(x, bias1x1.numel() + bias3x3.numel(), *x.shape[2:])
 
 
@@ -69,6 +74,6 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed, inverted_residual_packed, stem_packed,
+        pack_panels, pack_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed, inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

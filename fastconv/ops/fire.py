@@ -41,8 +41,10 @@ def prepare_fire(
     bias1x1: Tensor | None,
     weight3x3: Tensor,
     bias3x3: Tensor | None,
+    *,
+    exact: bool = False,
 ) -> Prepared:
-    """Binds `fire` to its weights: returns call(x)."""
+    """Binds `fire` to its weights: returns call(x). Unless `exact`, the CPU kernel computes the 3x3 expand by Winograd where that is less work."""
     weights = {
         "squeeze_weight": squeeze_weight,
         "squeeze_bias": squeeze_bias,
@@ -54,5 +56,6 @@ def prepare_fire(
     compiled, label = choose("fire", "fire_packed", **weights)
     if not compiled:
         return Prepared(overload("fire"), arrange(label, *weights.values()), label)
-    args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3))
-    return Prepared(overload("fire_packed"), args, label)
+    winograd = None if exact else torch.ops.fastconv.pack_winograd(weight3x3)
+    args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3), winograd)
+    return Prepared(overload("fire_packed"), args, label if exact else f"{label} winograd")

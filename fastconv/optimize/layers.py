@@ -99,7 +99,7 @@ class Layer:
             and self.groups == 1
             and self.dilation == (1, 1)
             and self.shape[1] <= 4
-            and max(self.shape[2:]) <= 7
+            and 1 < max(self.shape[2:]) <= 7
             and self.padding[0] < self.shape[2]
             and self.padding[1] < self.shape[3]
         )
@@ -174,7 +174,7 @@ class Kernel:
         layers = (*self.layers, *(self.squeeze_excite or ())[:2])
         return [source for layer in layers if layer is not None for source in layer.sources()]
 
-    def prepare(self, like: Tensor | None) -> Callable[..., Tensor]:
+    def prepare(self, like: Tensor | None, exact: bool) -> Callable[..., Tensor]:
         """The callable that owns the folded and packed weights. like: a tensor of the device and dtype of kernels without weights."""
         if not self.layers:
             return getattr(ops, f"prepare_{self.op}")(**self.options, like=like)
@@ -182,6 +182,8 @@ class Kernel:
             return Conv2d(*self.layers[0].folded(), self.layers[0])
         weights = [tensor for layer in self.layers for tensor in (layer.folded() if layer else (None, None))]
         options = dict(self.options)
+        if self.op == "fire":
+            options["exact"] = exact
         if self.squeeze_excite:
             reduce, expand, gate = self.squeeze_excite
             w1, b1, w2, b2 = (*_as_conv(reduce), *_as_conv(expand))

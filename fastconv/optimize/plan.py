@@ -67,6 +67,7 @@ class Watch:
         self.tensors = [source.tensor() for source in sources]
         states = [(id(tensor), tensor.data_ptr(), _version_or_none(tensor)) for tensor in self.tensors]
         self.states = states
+        self.held = [tensor.detach() for tensor in self.tensors]  # their memory is not given to the next weight while this watch lasts
         # A weight moved by `.to()` keeps its identity and version, not its address.
         self.counted = [tensor for tensor, state in zip(self.tensors, states) if state[2] is not None]
         self.versions = [state[2] for state in states if state[2] is not None]
@@ -107,7 +108,8 @@ class Program:
     `problem` says why the module as a whole has no graph. Nothing here depends on the values of parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, exact: bool) -> None:
+        self.exact = exact
         self.graph: fx.Graph | None = None
         self.identities: list[str] = []
         self.leaves: dict[nn.Module, str] = {}
@@ -179,7 +181,7 @@ class Program:
             children[name] = child
             if child is None or hooked(child):
                 continue
-            plan = Plan(child)
+            plan = Plan(child, exact=self.exact)
             if plan.program.useful:
                 self.children[prefix + name] = plan
                 children[name] = _twin(child, forward=plan)
@@ -302,12 +304,13 @@ class Plan:
     `plan(*args)` gives what the module's `method`, its forward, gives. Weights are folded and packed on the first call and again,
     layer by layer, when the module's tensors change; a changed submodule or hook makes a new program. Calls that a plan does not
     serve (keywords, arguments with default values, tensors that want gradients, inputs that are not batches of images) go to the
-    module's `method`. Threads may share a plan.
+    module's `method`. Threads may share a plan. exact: only kernels that add up products directly.
     """
 
-    def __init__(self, module: nn.Module, method: str = "forward") -> None:
+    def __init__(self, module: nn.Module, method: str = "forward", *, exact: bool = False) -> None:
         self.module = module
         self.method = method
+        self.exact = exact
         self._ready: Ready | None = None
         self._program: Program | None = None
         self._lock = threading.RLock()
@@ -319,7 +322,7 @@ class Plan:
             if self._ready is not None:
                 return self._ready.program
             if self._program is None:
-                self._program = Program(self.module)
+                self._program = Program(self.module, self.exact)
             return self._program
 
     def prepare(self) -> Ready:
@@ -339,7 +342,7 @@ class Plan:
         watch = program and Watch(self.module, program.sources)
         if program is None or watch.shapes != old.watch.shapes:
             old = None
-            program = self._program or Program(self.module)
+            program = self._program or Program(self.module, self.exact)
             self._program = None
             watch = Watch(self.module, program.sources)
         if not program.kernels or any(tensor.is_meta for tensor in watch.tensors):
@@ -350,7 +353,7 @@ class Plan:
         for i, (call, reads, write) in enumerate(program.steps):
             if isinstance(call, Kernel):
                 keep = changed is not None and not any(source.place() in changed for source in call.sources())
-                call = old.steps[i][0] if keep else call.prepare(like)
+                call = old.steps[i][0] if keep else call.prepare(like, self.exact)
             steps.append((call, reads, write))
         return Ready(program, watch, steps)
 

@@ -130,49 +130,75 @@ namespace {
 // there and write their slices of the concatenated output.
 struct FireStrip {
   const Fire& op;
-  int64_t squeeze, width, out_channels;
+  int64_t squeeze, out_channels;
+  bool winograd;
+  int64_t unit;   // rows a strip's begin is a multiple of: tiles lie on a grid fixed to the image
+  int64_t width;  // of the buffer, in pixels
 
   explicit FireStrip(const Fire& op)
-      : op(op), squeeze(op.squeeze.out_channels), width(op.width + 2), out_channels(op.expand1x1.out_channels + op.expand3x3_channels) {}
+      : op(op),
+        squeeze(op.squeeze.out_channels),
+        out_channels(op.expand1x1.out_channels + op.expand3x3_channels),
+        winograd(op.winograd3x3 && wins(op.height, op.width)),
+        unit(winograd ? 4 : 1),
+        width(ceil_div(op.width, unit) * unit + 2) {}
+
+  // 36 products a tile against 9 a pixel, with a fifth more for the transforms.
+  static bool wins(int64_t height, int64_t width) { return ceil_div(height, 4) * ceil_div(width, 4) * 36 * 6 < height * width * 9 * 5; }
 
   int64_t row_floats() const { return width * squeeze; }
+  int64_t buffer_rows(int64_t rows) const { return ceil_div(rows, unit) * unit + 2; }
+  int64_t panels() const { return panels_for(op.expand1x1.out_channels) + panels_for(op.expand3x3_channels); }
 
-  // Rows [rows.begin - 1, rows.end + 1) of the squeezed image into buffer rows; `part` of them, counted from rows.begin - 1.
-  void fill(const float* x, Range rows, Range part, float* buffer) const {
+  // Rows [part.begin, part.end) of the buffer, whose row 0 is the image's row `first` - 1.
+  void fill(const float* x, int64_t first, Range part, float* buffer) const {
     const Kernels& k = kernels();
+    const int64_t in = op.squeeze.in_channels;
     for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t h = rows.begin - 1 + i;
+      const int64_t h = first - 1 + i;
       float* row = buffer + i * row_floats();
       if (h < 0 || h >= op.height) {
         std::memset(row, 0, row_floats() * sizeof(float));
         continue;
       }
       std::memset(row, 0, squeeze * sizeof(float));
-      std::memset(row + (width - 1) * squeeze, 0, squeeze * sizeof(float));
-      const int64_t in = op.squeeze.in_channels;
+      std::memset(row + (op.width + 1) * squeeze, 0, (width - op.width - 1) * squeeze * sizeof(float));
       k.pointwise(product(op.squeeze, x + h * op.width * in, in, row + squeeze, squeeze), {0, op.width}, {0, panels_for(squeeze)});
     }
   }
 
   // Panels are counted through both expands: first those of expand1x1, then those of expand3x3.
-  void expand(const float* buffer, Range rows, Range part, Range panels, float* out) const {
+  void expand(const float* buffer, Range rows, Range panels, float* out) const {
     const Kernels& k = kernels();
     const int64_t panels1x1 = panels_for(op.expand1x1.out_channels);
     float* first = out + rows.begin * op.width * out_channels;
     if (panels.begin < panels1x1)
-      for (int64_t i = part.begin; i < part.end; ++i) {
+      for (int64_t i = 0; i < rows.size(); ++i) {
         const float* row = buffer + (i + 1) * row_floats() + squeeze;
         k.pointwise(product(op.expand1x1, row, squeeze, first + i * op.width * out_channels, out_channels), {0, op.width},
                     {panels.begin, std::min(panels.end, panels1x1)});
       }
-    if (panels.end > panels1x1) {
-      const PaddedConv conv{buffer, squeeze, row_floats(), squeeze, op.expand3x3_channels, op.width, 3, 3, op.panels3x3,
-                            {op.bias3x3, nullptr, 0, Activation::relu}, first + op.expand1x1.out_channels, out_channels};
-      k.padded_conv(conv, part, {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1});
-    }
+    if (panels.end > panels1x1)
+      expand3x3(buffer, rows.size(), {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1}, first + op.expand1x1.out_channels);
   }
 
-  int64_t panels() const { return panels_for(op.expand1x1.out_channels) + panels_for(op.expand3x3_channels); }
+ private:
+  void expand3x3(const float* buffer, int64_t rows, Range panels, float* out) const {
+    const Kernels& k = kernels();
+    PaddedConv conv{buffer, squeeze, row_floats(), squeeze, op.expand3x3_channels, rows, op.width, 3, 3, op.panels3x3,
+                    {op.bias3x3, nullptr, 0, Activation::relu}, out, out_channels};
+    if (!winograd) return k.padded_conv(conv, {0, rows}, panels);
+    PaddedConv tiled = conv;
+    tiled.panels = op.winograd3x3;
+    const int64_t tile_rows = ceil_div(rows, 4);
+    float* scratch = tile_scratch.floats(k.winograd_scratch(tiled, tile_rows));
+    if (k.all_moderate(buffer, buffer_rows(rows) * row_floats())) return k.winograd(tiled, {0, tile_rows}, panels, scratch);
+    for (int64_t t = 0; t < tile_rows; ++t)  // NaN, infinities and huge numbers propagate as in a direct sum
+      if (k.all_moderate(buffer + t * 4 * row_floats(), 6 * row_floats()))
+        k.winograd(tiled, {t, t + 1}, panels, scratch);
+      else
+        k.padded_conv(conv, {t * 4, std::min(t * 4 + 4, rows)}, panels);
+  }
 };
 
 }  // namespace
@@ -180,25 +206,27 @@ struct FireStrip {
 void run_fire(const Fire& op, const Parallel& parallel) {
   const FireStrip strip(op);
   const int64_t in_floats = op.height * op.width * op.squeeze.in_channels, out_floats = op.height * op.width * strip.out_channels;
-  if (op.batch < parallel.threads && strip.out_channels > op.height * op.width) {
-    // Small images: the weights are the traffic, so the threads share the squeezed image and split the panels.
-    float* buffer = shared_scratch.floats((op.height + 2) * strip.row_floats());
+  const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads;
+  const bool uneven = units % threads != 0 && units < 8 * threads;  // 7 rows of tiles on two threads: one would wait an eighth of the time
+  if (op.batch < threads && (strip.out_channels > op.height * op.width || uneven)) {
+    // Small images: the threads share the squeezed image and split the panels, so that weights, the larger traffic, stream once.
+    const int64_t rows = strip.buffer_rows(op.height);
+    float* buffer = shared_scratch.floats(rows * strip.row_floats());
     for (int64_t n = 0; n < op.batch; ++n) {
-      const Range rows{0, op.height};
-      parallel.split(op.height + 2, [&](Range part) { strip.fill(op.x + n * in_floats, rows, part, buffer); });
-      parallel.split(strip.panels(), [&](Range panels) { strip.expand(buffer, rows, rows, panels, op.out + n * out_floats); });
+      parallel.split(rows, [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
+      parallel.split(strip.panels(), [&](Range panels) { strip.expand(buffer, {0, op.height}, panels, op.out + n * out_floats); });
     }
     return;
   }
-  const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / strip.row_floats() - 2);
-  parallel.split(op.batch * op.height, [&](Range all) {
-    for (int64_t row = all.begin; row < all.end;) {
-      const int64_t n = row / op.height, h = row - n * op.height;
-      const int64_t count = std::min({all.end - row, op.height - h, most});
-      float* buffer = private_scratch.floats((count + 2) * strip.row_floats());
-      strip.fill(op.x + n * in_floats, {h, h + count}, {0, count + 2}, buffer);
-      strip.expand(buffer, {h, h + count}, {0, count}, {0, strip.panels()}, op.out + n * out_floats);
-      row += count;
+  const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / (strip.row_floats() * strip.unit));  // units in a strip that stays in L2
+  parallel.split(op.batch * units, [&](Range all) {
+    for (int64_t u = all.begin; u < all.end;) {
+      const int64_t n = u / units, first = u - n * units, last = std::min({first + most, units, first + all.end - u});
+      const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
+      float* buffer = private_scratch.floats(strip.buffer_rows(rows.size()) * strip.row_floats());
+      strip.fill(op.x + n * in_floats, rows.begin, {0, strip.buffer_rows(rows.size())}, buffer);
+      strip.expand(buffer, rows, {0, strip.panels()}, op.out + n * out_floats);
+      u += last - first;
     }
   });
 }

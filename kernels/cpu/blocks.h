@@ -22,6 +22,7 @@ struct Fire {
   int64_t batch, height, width;
   PackedPointwise squeeze, expand1x1;
   const float* panels3x3;
+  const float* winograd3x3;  // pack_winograd's panels, or null: direct sums only
   const float* bias3x3;
   int64_t expand3x3_channels;
   float* out;  // (batch, height, width, expand1x1 + expand3x3 channels)

@@ -5,6 +5,7 @@
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/stem.h"
+#include "kernels/cpu/winograd.h"
 
 #define FASTCONV_STRING_(x) #x
 #define FASTCONV_STRING(x) FASTCONV_STRING_(x)
@@ -34,10 +35,11 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       {{"pointwise", FASTCONV_TILES},
                        {"conv", FASTCONV_CONV_TILES},
                        {"padded_conv", FASTCONV_TILES},
+                       {"winograd", FASTCONV_TILES},
                        {"stem", FASTCONV_TILES},
                        {"depthwise", FASTCONV_CHANNELS},
                        {"max_pool", "1 pixel, one vector"},
                        {"global_avg_pool", "one vector"}},
-                      pointwise, conv, padded_conv, stem, depthwise, max_pool, sum_pixels, scale_channels, fma_chains};
+                      pointwise, conv, padded_conv, winograd, winograd_scratch, all_moderate, stem, depthwise, max_pool, sum_pixels, scale_channels, fma_chains};
 
 }  // namespace fastconv::FASTCONV_ISA

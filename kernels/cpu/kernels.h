@@ -68,7 +68,7 @@ struct PaddedConv {
   const float* x;
   int64_t x_stride, x_row_stride;  // floats between pixels and between rows
   int64_t in_channels, out_channels;
-  int64_t out_width;
+  int64_t out_height, out_width;
   int64_t kernel_h, kernel_w;  // stride 1
   const float* panels;
   Epilogue epilogue;
@@ -124,10 +124,14 @@ struct KernelInfo {
 
 struct Kernels {
   const char* isa;
-  KernelInfo info[7];
+  KernelInfo info[8];
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);
+  // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs.
+  void (*winograd)(const PaddedConv&, Range tile_rows, Range panels, float* scratch);
+  int64_t (*winograd_scratch)(const PaddedConv&, int64_t tile_rows);  // floats
+  bool (*all_moderate)(const float* x, int64_t count);               // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);

@@ -34,6 +34,28 @@ inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_ch
   }
 }
 
+// (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G g G^T for Winograd F(4x4, 3x3), in double until the last rounding.
+inline void pack_winograd(const float* weight, int64_t out_channels, int64_t in_channels, float* panels) {
+  constexpr double G[6][3] = {{1.0 / 4, 0, 0},
+                              {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                              {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                              {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                              {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                              {0, 0, 1}};
+  std::memset(panels, 0, panels_for(out_channels) * 36 * in_channels * PANEL * sizeof(float));
+  for (int64_t n = 0; n < out_channels; ++n)
+    for (int64_t c = 0; c < in_channels; ++c) {
+      const float* g = weight + (n * in_channels + c) * 9;
+      for (int64_t i = 0; i < 6; ++i)
+        for (int64_t j = 0; j < 6; ++j) {
+          double sum = 0;
+          for (int64_t a = 0; a < 3; ++a)
+            for (int64_t b = 0; b < 3; ++b) sum += G[i][a] * static_cast<double>(g[a * 3 + b]) * G[j][b];
+          panels[((n / PANEL * 36 + i * 6 + j) * in_channels + c) * PANEL + n % PANEL] = static_cast<float>(sum);
+        }
+    }
+}
+
 // (C, 1, K, K) -> taps (K * K, C).
 inline void pack_taps(const float* weight, int64_t channels, int64_t taps, float* packed) {
   for (int64_t tap = 0; tap < taps; ++tap)

@@ -27,7 +27,7 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// One buffer for what a thread uses alone, one for what the calling thread shares with its team.
-inline thread_local Scratch private_scratch, shared_scratch;
+// For what a thread uses alone, for what the calling thread shares with its team, and for transformed tiles beside either.
+inline thread_local Scratch private_scratch, shared_scratch, tile_scratch;
 
 }  // namespace fastconv

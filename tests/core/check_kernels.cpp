@@ -3,6 +3,7 @@
 //
 //   g++ -std=c++20 -O2 -I. tests/core/check_kernels.cpp kernels/cpu/{blocks,isa}.cpp OBJECTS && ./a.out
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -32,6 +33,18 @@ void expect_equal(const std::string& what, const std::vector<float>& got, const 
   ++cases;
   for (size_t i = 0; i < wanted.size(); ++i)
     if (got[i] != wanted[i]) {
+      std::printf("%s %s: element %zu is %g, wanted %g\n", kernels().isa, what.c_str(), i, got[i], wanted[i]);
+      std::exit(1);
+    }
+}
+
+// Winograd's error, against the largest output: 2e-6 to 3e-6 on random data, 1e-5 allowed here.
+void expect_near(const std::string& what, const std::vector<float>& got, const std::vector<float>& wanted) {
+  ++cases;
+  float largest = 0;
+  for (const float value : wanted) largest = std::fmax(largest, std::fabs(value));
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (!(std::fabs(got[i] - wanted[i]) <= 1e-5f * largest)) {
       std::printf("%s %s: element %zu is %g, wanted %g\n", kernels().isa, what.c_str(), i, got[i], wanted[i]);
       std::exit(1);
     }
@@ -110,6 +123,28 @@ void check_conv(const Shape& s) {
   expect_equal("stem " + s.name(), y, wanted);
 }
 
+// 3x3, stride 1, padding 1, in a buffer with its zero border up to whole tiles: Winograd and the direct sum.
+void check_padded(const Shape& s) {
+  const auto x = integers(s.h * s.w * s.c), weight = integers(s.out * s.c * 9), bias = integers(s.out);
+  const int64_t tiles_h = ceil_div(s.h, 4), width = ceil_div(s.w, 4) * 4 + 2;
+  std::vector<float> buffer((tiles_h * 4 + 2) * width * s.c), winograd(panels_for(s.out) * 36 * s.c * PANEL);
+  for (int64_t h = 0; h < s.h; ++h)
+    for (int64_t i = 0; i < s.w * s.c; ++i) buffer[((h + 1) * width + 1) * s.c + i] = x[h * s.w * s.c + i];
+  const auto panels = panels_of(weight, s);
+  pack_winograd(weight.data(), s.out, s.c, winograd.data());
+  std::vector<float> unclamped(s.h * s.w * s.out), y(unclamped.size(), SENTINEL);
+  PaddedConv op{buffer.data(), s.c, width * s.c, s.c, s.out, s.h, s.w, 3, 3, panels.data(), {bias.data(), nullptr, 0, Activation::none}, unclamped.data(), s.out};
+  kernels().padded_conv(op, {0, s.h}, {0, panels_for(s.out)});
+  std::vector<float> clamped(unclamped);
+  for (float& value : clamped) value = relu6(value);
+  expect_equal("padded_conv " + s.name(), clamped, convolve(s, false, x, weight, bias));
+  op.panels = winograd.data();
+  op.out = y.data();
+  std::vector<float> scratch(kernels().winograd_scratch(op, tiles_h));
+  kernels().winograd(op, {0, tiles_h}, {0, panels_for(s.out)}, scratch.data());
+  expect_near("winograd " + s.name(), y, unclamped);
+}
+
 void check_depthwise(const Shape& s) {
   const auto x = integers(s.h * s.w * s.c), weight = integers(s.c * s.kernel * s.kernel), bias = integers(s.c);
   std::vector<float> taps(weight.size());
@@ -142,6 +177,9 @@ int main() {
               check_depthwise(depthwise);
               if (c <= 17) check_conv({c, size, size + 1, c + 2, kernel, stride, pad});
             }
+    for (const int64_t c : channels)
+      for (const int64_t out : {1, 16, 24, 40, 64})
+        for (const int64_t size : {1, 4, 7, 13}) check_padded({c, size, size + 2, out, 3, 1, 1});
     std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
   }
   return 0;
