@@ -196,3 +196,9 @@ def test_errors(position, value, options, message):
     arguments[position] = value
     with pytest.raises(ValueError, match=message):
         ops.inverted_residual(*arguments, **options)
+
+
+def test_a_residual_is_asked_for_by_a_bool():
+    x = reals(1, 4, 5, 5)
+    with pytest.raises(TypeError, match="inverted_residual: residual must be a bool, got Tensor"):
+        ops.inverted_residual(x, *weights(4, 8, 4), residual=x)

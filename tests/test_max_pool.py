@@ -81,3 +81,8 @@ def test_compile_and_other_dtypes():
 def test_errors(x, options, message):
     with pytest.raises(ValueError, match=message):
         ops.max_pool(x, **options)
+
+
+def test_ceil_mode_is_a_bool():
+    with pytest.raises(TypeError, match="max_pool: ceil_mode must be a bool, got str"):
+        ops.max_pool(reals(1, 3, 9, 9), ceil_mode="no")

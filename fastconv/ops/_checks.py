@@ -9,6 +9,7 @@ from torch import Tensor
 from fastconv.reference import ACTIVATIONS
 
 Shape = tuple[int, int, int, int]
+LIMIT = 2**31  # of strides and paddings: the kernels' sizes stay within 64 bits
 
 
 def pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
@@ -18,6 +19,8 @@ def pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
         raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
     if both[0] < minimum or both[1] < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value!r}")
+    if both[0] >= LIMIT or both[1] >= LIMIT:
+        raise ValueError(f"{op}: {name} must be below 2^31, got {value!r}")
     return both
 
 
@@ -26,13 +29,24 @@ def stride_padding(op: str, stride: object, padding: object) -> tuple[tuple[int,
 
 
 def _activation(op: str, value: object, name: str = "activation") -> None:
-    if value not in ACTIVATIONS:
+    if not (value is None or isinstance(value, str)) or value not in ACTIVATIONS:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, ACTIVATIONS))}, got {value!r}")
 
 
+def _flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def _tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense Tensor, got {'a nested one' if value.is_nested else value.layout}")
+
+
 def image(op: str, x: Tensor) -> Shape:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+    _tensor(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -43,8 +57,7 @@ def image(op: str, x: Tensor) -> Shape:
 
 
 def _like(op: str, name: str, tensor: object, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    _tensor(op, name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} must be on x's device, {x.device}, got {tensor.device}")
     # Autocast casts all of them to one dtype, below this check.
@@ -149,6 +162,7 @@ def inverted_residual(
     shape = _dense(op, shape, x, expand_weight, expand_bias, 1, ("expand_weight", "expand_bias"))
     shape = _depthwise(op, shape, x, depthwise_weight, depthwise_bias, stride, padding, "depthwise_")
     shape = _dense(op, shape, x, project_weight, project_bias, 1, ("project_weight", "project_bias"))
+    _flag(op, "residual", residual)
     if residual and shape != given:
         raise ValueError(f"{op}: a residual needs an output of x's shape, {given}, got {tuple(shape)}")
     return shape
@@ -166,6 +180,7 @@ def stem(x, weight, bias, stride, padding, activation) -> Shape:
 
 def max_pool(x, stride, padding, ceil_mode) -> Shape:
     shape = image("max_pool", x)
+    _flag("max_pool", "ceil_mode", ceil_mode)
     if max(padding) > 1:
         raise ValueError(f"max_pool: padding must be at most 1, half of the window, got {tuple(padding)}")
     return _window("max_pool", shape, shape[1], (3, 3), stride, padding, ceil_mode)
