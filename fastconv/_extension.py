@@ -16,12 +16,13 @@ BACKENDS = ("auto", "aten", "cpu", "triton")
 
 
 def _requested_backend() -> str:
-    if os.environ.get("FASTCONV_DISABLE", "0") not in ("", "0"):
-        return "aten"
+    disable = os.environ.get("FASTCONV_DISABLE") or "0"
+    if disable not in ("0", "1"):
+        raise RuntimeError(f"FASTCONV_DISABLE must be 0 or 1, got {disable!r}")
     name = os.environ.get("FASTCONV_BACKEND") or "auto"
     if name not in BACKENDS:
         raise RuntimeError(f"FASTCONV_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+    return "aten" if disable == "1" else name
 
 
 def _load() -> str | None:

@@ -74,8 +74,9 @@ def test_kernel_table(isa):
     assert all(row.keys() == {"op", "dtype", "tile", "isa"} for row in rows)
 
 
-def test_unknown_backend():
+def test_unknown_backend_or_switch():
     fails("FASTCONV_BACKEND must be one of auto, aten, cpu, triton, got 'cuda'", START + "import fastconv", FASTCONV_BACKEND="cuda")
+    fails("FASTCONV_DISABLE must be 0 or 1, got 'false'", START + "import fastconv", FASTCONV_DISABLE="false")
 
 
 @pytest.mark.parametrize(
