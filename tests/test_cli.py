@@ -187,8 +187,14 @@ def test_demo_fails_when_the_logits_are_wrong(tmp_path, monkeypatch):
     assert "squeezenet1_1 differ from eager's by more than 1e-05" in error_line(*arguments)
 
 
-def test_demo_refuses_a_folder_that_is_not_there_before_it_starts(tmp_path):
-    assert "no such folder" in error_line("demo", "--out", str(tmp_path / "nowhere" / "demo.png"))
+@pytest.mark.parametrize("arguments", [("demo", "--out"), ("bench", "--json")])
+def test_a_folder_that_is_not_there_is_refused_before_the_work_starts(tmp_path, arguments):
+    assert "no such folder" in error_line(*arguments, str(tmp_path / "nowhere" / "file.png"))
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_an_empty_list_of_networks_is_refused(command):
+    assert "no network in ','; models: mobilenet_v1" in error_line(command, "--nets", ",")
 
 
 def test_demo_says_so_when_weights_cannot_be_downloaded(tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ def bench(nets: str | None, batch: int, size: int, threads: int | None, rounds: 
     from fastconv.cli.report import progress, table
 
     names = networks.parse_names(nets)
+    if path:
+        networks.check_folder(path, "--json")
     if threads:
         torch.set_num_threads(threads)
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))

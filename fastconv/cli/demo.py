@@ -1,7 +1,6 @@
 """fastconv demo: six networks on real photographs, eager torch's logits and times beside fastconv's."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -28,8 +27,7 @@ def demo(out: str, nets: str | None, rounds: int, random_weights: bool, as_json:
     from fastconv.cli.report import progress, say_random, table
 
     names = networks.parse_names(nets)
-    if not Path(out).absolute().parent.is_dir():
-        raise click.BadParameter(f"no such folder: {Path(out).parent}", param_hint="--out")
+    networks.check_folder(out, "--out")
     console = Console(width=None if Console().is_terminal else 150)
     images = networks.photographs()
     labels = networks.categories()

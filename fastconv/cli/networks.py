@@ -64,7 +64,15 @@ def check_name(name: str) -> str:
 def parse_names(names: str | None) -> list[str]:
     """The networks of a comma-separated list; all six for None."""
     chosen = [check_name(name.strip()) for name in (names or ",".join(NAMES)).split(",") if name.strip()]
+    if not chosen:
+        raise click.BadParameter(f"no network in {names!r}; models: {', '.join(NAMES)}", param_hint="--nets")
     return list(dict.fromkeys(chosen))
+
+
+def check_folder(path: str, option: str) -> None:
+    """Raises click.BadParameter if the folder of a file to be written is not there."""
+    if not Path(path).absolute().parent.is_dir():
+        raise click.BadParameter(f"no such folder: {Path(path).parent}", param_hint=option)
 
 
 @contextlib.contextmanager
