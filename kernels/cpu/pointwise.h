@@ -19,9 +19,13 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
     const bool paired = last_panel_is_paired(op.out_channels);
-    for_each_chunk<PREFERRED_NV>(panels, op.out_channels, paired, [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
+    const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
       cover<NV, PAIR>(rows, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
-    });
+    };
+    if (rows <= 4)  // a matrix-vector product reads each weight once: the more streams at a time, the better memory keeps up
+      for_each_chunk<MAX_NV>(panels, op.out_channels, paired, chunk);
+    else
+      for_each_chunk<PREFERRED_NV>(panels, op.out_channels, paired, chunk);
   }
 }
 
