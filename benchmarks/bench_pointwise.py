@@ -59,16 +59,22 @@ def main(isas: tuple[str, ...], nets: tuple[str, ...], budget: float, json_path:
             extension.set_isa(isa)
             cells[isa] = measure(shape, budget)
         rows.append({"pixels": shape[0], "in_channels": shape[1], "out_channels": shape[2], "networks": users, **cells})
-        table.add_row(*map(str, shape), *(f"{cells[isa]['gflops']:.1f}" for isa in isas), *(f"{cells[isa]['percent']:.0f}" for isa in isas),
-                      " ".join(users))
+        table.add_row(
+            *map(str, shape),
+            *(f"{cells[isa]['gflops']:.1f}" for isa in isas),
+            *(f"{cells[isa]['percent']:.0f}" for isa in isas),
+            " ".join(users),
+        )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     for isa in isas:
         percents = sorted(row[isa]["percent"] for row in rows)
         peak = max(row[isa]["peak_gflops"] for row in rows)
         below = sum(percent < 80 for percent in percents)
-        console.print(f"{isa}: peak {peak:.1f} GFLOP/s a core; median {percents[len(percents) // 2]:.0f}% of it, least {percents[0]:.0f}%, "
-                      f"{below} of {len(percents)} shapes below 80%")
+        console.print(
+            f"{isa}: peak {peak:.1f} GFLOP/s a core; median {percents[len(percents) // 2]:.0f}% of it, least {percents[0]:.0f}%, "
+            f"{below} of {len(percents)} shapes below 80%"
+        )
     if json_path:
         Path(json_path).write_text(json.dumps(rows, indent=1))
 

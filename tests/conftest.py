@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
+from harness import ISAS
 
 from fastconv import _extension
-from harness import ISAS
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,11 @@ FLAGS = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 def build(compiler: str, isas: dict[str, list[str]], folder: Path) -> Path:
     """The checking program with the kernels of these instruction sets, statically linked."""
     has = [f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas]
-    jobs = [([f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *flags, *has], "kernels/cpu/kernels.cpp", f"{isa}.o") for isa, flags in isas.items()]
-    jobs += [(has, f"kernels/cpu/{name}.cpp", f"{name}.o") for name in ("isa", "blocks")] + [(has, "tests/core/check_kernels.cpp", "check.o")]
+    jobs = [(has, f"kernels/cpu/{name}.cpp", f"{name}.o") for name in ("isa", "blocks")]
+    jobs.append((has, "tests/core/check_kernels.cpp", "check.o"))
+    for isa, flags in isas.items():
+        own = [f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *flags, *has]
+        jobs.append((own, "kernels/cpu/kernels.cpp", f"{isa}.o"))
 
     def compile_one(job):
         flags, source, target = job
@@ -48,11 +51,13 @@ def check(command: list[str], isas: list[str]) -> None:
 def test_the_core_equals_plain_loops_on_integers(tmp_path):
     fastconv_c = pytest.importorskip("fastconv._C")
     program = build(os.environ.get("CXX", "g++"), {"scalar": [], **X86}, tmp_path)
-    check([str(program)], [isa for isa in fastconv_c.isas()])
+    check([str(program)], list(fastconv_c.isas()))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")), reason="needs g++-aarch64-linux-gnu and qemu-user")
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")), reason="needs g++-aarch64-linux-gnu and qemu-user"
+)
 def test_the_aarch64_core_equals_plain_loops_under_qemu(tmp_path):
     program = build("aarch64-linux-gnu-g++", {"scalar": [], "neon": []}, tmp_path)
     check(["qemu-aarch64", str(program)], ["scalar", "neon"])

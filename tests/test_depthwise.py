@@ -142,7 +142,11 @@ def test_autocast_compile_and_other_dtypes():
     ("change", "error", "message"),
     [
         ({"x": reals(1, 8, 5, 5).to_sparse()}, TypeError, "depthwise: x must be a dense Tensor, got torch.sparse_coo"),
-        ({"bias": torch.nested.nested_tensor([reals(8)], layout=torch.jagged)}, TypeError, "depthwise: bias must be a dense Tensor, got a nested one"),
+        (
+            {"bias": torch.nested.nested_tensor([reals(8)], layout=torch.jagged)},
+            TypeError,
+            "depthwise: bias must be a dense Tensor, got a nested one",
+        ),
         ({"x": reals(8, 5, 5)}, ValueError, r"depthwise: x must be \(N, C, H, W\), got \(8, 5, 5\)"),
         ({"x": [1.0]}, TypeError, "depthwise: x must be a Tensor, got list"),
         ({"x": torch.ones(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "depthwise: x must be floating point, got torch.int32"),

@@ -74,6 +74,7 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed, inverted_residual_packed, stem_packed,
+        pack_panels, pack_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
+        inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

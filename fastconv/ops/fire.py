@@ -44,7 +44,10 @@ def prepare_fire(
     *,
     exact: bool = False,
 ) -> Prepared:
-    """Binds `fire` to its weights: returns call(x). Unless `exact`, the CPU kernel computes the 3x3 expand by Winograd where that is less work."""
+    """Binds `fire` to its weights: returns call(x).
+
+    Unless `exact`, the CPU kernel computes the 3x3 expand by Winograd where that is less work.
+    """
     weights = {
         "squeeze_weight": squeeze_weight,
         "squeeze_bias": squeeze_bias,
