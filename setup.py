@@ -1,4 +1,5 @@
 """Builds the one extension, fastconv._C. Metadata is static, in pyproject.toml."""
+
 import os
 import platform
 import shutil
@@ -15,9 +16,17 @@ ISA_FLAGS = {
     "x86_64": {
         "scalar": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512",
-                   # gcc 12 warns of its own _mm512_max_ps
-                   "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+        "avx512": [
+            "-mavx512f",
+            "-mavx512vl",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mfma",
+            "-mprefer-vector-width=512",
+            # gcc 12 warns of its own _mm512_max_ps
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+        ],
     },
     "aarch64": {"scalar": [], "neon": []},
 }
@@ -58,16 +67,28 @@ class Build(build_ext):
 
         def compile_one(job):
             source, macros, flags, folder = job
-            return self.compiler.compile([source], output_dir=os.path.join(self.build_temp, folder), macros=macros,
-                                         include_dirs=include, extra_postargs=flags, depends=ext.depends)
+            return self.compiler.compile(
+                [source],
+                output_dir=os.path.join(self.build_temp, folder),
+                macros=macros,
+                include_dirs=include,
+                extra_postargs=flags,
+                depends=ext.depends,
+            )
 
         jobs.sort(key=lambda job: job[3] not in ISAS)  # the kernels take longest, so they start first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=["c10", "torch", "torch_cpu"], library_dirs=library_paths(),
-                                         extra_postargs=HARDENING, target_lang="c++")
+        self.compiler.link_shared_object(
+            objects,
+            target,
+            libraries=["c10", "torch", "torch_cpu"],
+            library_dirs=library_paths(),
+            extra_postargs=HARDENING,
+            target_lang="c++",
+        )
 
 
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))

@@ -9,7 +9,9 @@ namespace {
 template <class... Args>
 Tensor call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)  // it has printed the reason
+    throw std::runtime_error(std::string("fastconv: ") + op +
+                             " failed on these arguments, which only ATen computes; its own message stands above");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -36,6 +38,9 @@ Tensor global_avg_pool(const Tensor& x) { return call("aten::adaptive_avg_pool2d
 
 Tensor formatted_like(const Tensor& result, const Tensor& x) {
   const bool channels_last = is_channels_last(x) && !x.is_contiguous();
+  if (result.numel() == 0)  // of no elements, every order is contiguous: the strides must be made
+    return torch::stable::empty(result.sizes(), result.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   return torch::stable::contiguous(result, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 

@@ -4,15 +4,16 @@ namespace fastconv {
 
 namespace {
 
-Tensor run(const char* op, const Tensor& x, const Tensor& taps, const Tensor& bias, const Ints& stride, const Ints& padding, Activation activation,
-           Output output) {
+Tensor run(const char* op, const Tensor& x, const Tensor& taps, const Tensor& bias, const Ints& stride, const Ints& padding,
+           Activation activation, Output output) {
   const Image in(x);
   const int64_t kernel = taps.size(0) == 9 ? 3 : 5;
   const int64_t out_height = output_size(op, "height", in.h, kernel, stride[0], padding[0]);
   const int64_t out_width = output_size(op, "width", in.w, kernel, stride[1], padding[1]);
   Result out(in.n, in.c, out_height, out_width, x, output);
-  const Depthwise image{in.data, in.c, in.w * in.c, in.h, in.h, in.w, in.c, out_width, kernel, stride[0], stride[1], padding[0], padding[1],
-                        data(taps), data(bias), activation, out.data(), in.c, out_width * in.c};
+  const Depthwise image{in.data,    in.c,      in.w * in.c,     in.h,       in.h,       in.w,       in.c,       out_width,
+                        kernel,     stride[0], stride[1],       padding[0], padding[1], data(taps), data(bias), activation,
+                        out.data(), in.c,      out_width * in.c};
   run_depthwise(image, in.n, out_height, parallel());
   return out.done();
 }
@@ -39,8 +40,9 @@ Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints
 }
 
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation) {
-  const char* op = "depthwise_packed";
+  const char* op = "depthwise";
   check_packed_image(op, x);
+  check_channels(op, x, bias.numel());
   check_taps(op, taps, bias, x.size(1), stride, padding);
   return run(op, x, taps, bias, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
 }

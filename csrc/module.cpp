@@ -48,10 +48,11 @@ PYBIND11_MODULE(_C, m) {
   fastconv::choose_isa();
   m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
-  m.def("set_isa", &fastconv::set_isa, py::arg("name"), "Switches the instruction set; for tests. Raises ValueError on an unknown or unsupported name.");
+  m.def("set_isa", &fastconv::set_isa, py::arg("name"),
+        "Switches the instruction set; for tests. Raises ValueError on an unknown or unsupported name.");
   m.def("kernels", &kernel_table, "The active kernels: dicts of op, dtype, tile and isa.");
   m.def("fma_gflops", &fastconv::fma_gflops, "Measured fused multiply-add peak of one core on the active ISA, GFLOP/s.");
-  m.def("pointwise_gflops", &fastconv::pointwise_gflops, py::arg("pixels"), py::arg("in_channels"), py::arg("out_channels"), py::arg("budget") = 0.2,
-        "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
+  m.def("pointwise_gflops", &fastconv::pointwise_gflops, py::arg("pixels"), py::arg("in_channels"), py::arg("out_channels"),
+        py::arg("budget") = 0.2, "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
 }

@@ -14,10 +14,16 @@ void check_packed_image(const char* op, const Tensor& x) {
   check(x.scalar_type() == ScalarType::Float, op, "x must be float32, got ", dtype_name(x.scalar_type()));
 }
 
+void check_channels(const char* op, const Tensor& x, int64_t channels) {
+  check(x.size(1) == channels, op, "x must have ", channels, " channels, got ", shape_of{x});
+}
+
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth) {
-  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ", shape_of{bias});
+  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ",
+        shape_of{bias});
   const int64_t out_channels = bias.size(0);
-  const bool fits = dense_floats(panels) && panels.dim() == 3 && panels.size(0) == panels_for(out_channels) && panels.size(1) == depth && panels.size(2) == PANEL;
+  const bool fits = dense_floats(panels) && panels.dim() == 3 && panels.size(0) == panels_for(out_channels) && panels.size(1) == depth &&
+                    panels.size(2) == PANEL;
   check(fits, op, argument, " must be dense float32 (", panels_for(out_channels), ", ", depth, ", ", PANEL, "), got ", shape_of{panels});
   return out_channels;
 }
@@ -27,9 +33,11 @@ void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t 
   check_pair(op, "padding", padding, 0);
   const bool fits = dense_floats(taps) && taps.dim() == 2 && (taps.size(0) == 9 || taps.size(0) == 25) && taps.size(1) == channels;
   check(fits, op, "taps must be dense float32 (9 or 25, ", channels, "), got ", shape_of{taps});
-  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) == channels, op, "the depthwise bias must be dense float32 (", channels, ",), got ", shape_of{bias});
-  check(depthwise_covers(taps.size(0) == 9 ? 3 : 5, stride, padding), op, "stride must be 1 or 2 along the width and padding below the kernel, got stride (",
-        stride[0], ", ", stride[1], ") and padding (", padding[0], ", ", padding[1], ")");
+  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) == channels, op, "the depthwise bias must be dense float32 (", channels,
+        ",), got ", shape_of{bias});
+  check(depthwise_covers(taps.size(0) == 9 ? 3 : 5, stride, padding), op,
+        "stride must be 1 or 2 along the width and padding below the kernel, got stride (", stride[0], ", ", stride[1], ") and padding (",
+        padding[0], ", ", padding[1], ")");
 }
 
 void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w) {

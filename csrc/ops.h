@@ -11,10 +11,11 @@ Tensor pointwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor re
 Tensor fire_expand(Tensor x, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3, OptionalTensor bias3x3);
 Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
             OptionalTensor bias3x3);
-Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bias, Tensor pointwise_weight, OptionalTensor pointwise_bias, Ints stride,
-                 Ints padding, OptionalString depthwise_activation, OptionalString activation, OptionalTensor residual);
+Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bias, Tensor pointwise_weight, OptionalTensor pointwise_bias,
+                 Ints stride, Ints padding, OptionalString depthwise_activation, OptionalString activation, OptionalTensor residual);
 Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_bias, Tensor depthwise_weight, OptionalTensor depthwise_bias,
-                         Tensor project_weight, OptionalTensor project_bias, Ints stride, Ints padding, OptionalString activation, bool residual);
+                         Tensor project_weight, OptionalTensor project_bias, Ints stride, Ints padding, OptionalString activation,
+                         bool residual);
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode);
 Tensor global_avg_pool(Tensor x);
@@ -25,18 +26,20 @@ Tensor fire_expand_packed(Tensor x, Tensor panels1x1, Tensor bias1x1, Tensor pan
 Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
                    OptionalTensor winograd3x3);
 Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, OptionalTensor expand_bias, Tensor taps, Tensor depthwise_bias,
-                                std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual, Ints stride, Ints padding,
-                                OptionalString expand_activation, OptionalString depthwise_activation, OptionalString squeeze_activation,
-                                OptionalString gate_activation, OptionalString activation);
+                                std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual,
+                                Ints stride, Ints padding, OptionalString expand_activation, OptionalString depthwise_activation,
+                                OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation);
 Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation);
 
-Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const OptionalTensor& residual, Activation activation,
-                     Output output);
+Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const OptionalTensor& residual,
+                     Activation activation, Output output);
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);
 
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
+// x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)
+void check_channels(const char* op, const Tensor& x, int64_t channels);
 // Panels (ceil(Cout / 16), depth, 16) with a bias (Cout,); returns Cout.
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth);
 void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t channels, const Ints& stride, const Ints& padding);

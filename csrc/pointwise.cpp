@@ -3,13 +3,15 @@
 namespace fastconv {
 
 Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation) {
-  const char* op = "pointwise_packed";
+  const char* op = "pointwise";
   return run_pointwise(op, x, panels, bias, residual, parse_activation(op, "activation", activation), Output::channels_last);
 }
 
 Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const OptionalTensor& residual,
                      Activation activation, Output output) {
   check_packed_image(op, x);
+  check(panels.dim() == 3, op, "panels must be (G, Cin, 16), got ", shape_of{panels});
+  check_channels(op, x, panels.size(1));
   const int64_t out_channels = check_panels(op, "panels", panels, bias, x.size(1));
   const Image in(x);
   std::optional<Image> added;
@@ -18,8 +20,9 @@ Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, cons
     added.emplace(*residual);
   }
   Result out(in.n, out_channels, in.h, in.w, x, output);
-  const Pointwise call{in.data, in.c, in.c, out_channels, data(panels), {data(bias), added ? added->data : nullptr, out_channels, activation},
-                       out.data(), out_channels};
+  const Pointwise call{in.data,      in.c,         in.c,
+                       out_channels, data(panels), {data(bias), added ? added->data : nullptr, out_channels, activation},
+                       out.data(),   out_channels};
   run_pointwise(call, in.n * in.h * in.w, parallel());
   return out.done();
 }

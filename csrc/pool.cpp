@@ -8,7 +8,8 @@ namespace {
 // As ATen: with ceil_mode the last window may hang over the far side, but must start inside the image or its near padding.
 int64_t pooled_size(const char* op, const char* axis, int64_t size, int64_t stride, int64_t padding, bool ceil_mode) {
   const int64_t extra = ceil_mode ? stride - 1 : 0;
-  check(size + 2 * padding - 3 + extra >= 0, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding, " is below the window's 3");
+  check(size + 2 * padding - 3 + extra >= 0, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding,
+        " is below the window's 3");
   int64_t out = (size + 2 * padding - 3 + extra) / stride + 1;
   if (ceil_mode && (out - 1) * stride >= size + padding) --out;
   check(out > 0, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding);

@@ -15,13 +15,20 @@ std::ostream& operator<<(std::ostream& text, shape_of shape) {
 
 const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
@@ -69,14 +76,16 @@ void check_pointwise_weight(const char* op, const char* argument, const Tensor& 
 }
 
 void check_depthwise_weight(const char* op, const char* argument, const Tensor& weight, int64_t channels, const Tensor& x) {
-  const bool fits = weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && (weight.size(2) == 3 || weight.size(2) == 5);
+  const bool fits =
+      weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && (weight.size(2) == 3 || weight.size(2) == 5);
   check(fits, op, argument, " must be (C, 1, 3, 3) or (C, 1, 5, 5), got ", shape_of{weight});
   check(weight.size(0) == channels, op, argument, " must have x's ", channels, " channels, got ", shape_of{weight});
   check_like(op, argument, weight, x);
 }
 
 int64_t output_size(const char* op, const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
-  check(size + 2 * padding >= kernel, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding, " is below the kernel's ", kernel);
+  check(size + 2 * padding >= kernel, op, "x has no output pixels: ", axis, " ", size, " with padding ", padding, " is below the kernel's ",
+        kernel);
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
@@ -108,13 +117,15 @@ bool is_channels_last(const Tensor& x) {
 
 Image::Image(const Tensor& x)
     : tensor(is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)),
-      n(x.size(0)), c(x.size(1)), h(x.size(2)), w(x.size(3)),
+      n(x.size(0)),
+      c(x.size(1)),
+      h(x.size(2)),
+      w(x.size(3)),
       data(fastconv::data(tensor)) {}
 
-Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output)
-    : tensor_(x), convert_(false) {
+Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output) : tensor_(x), convert_(false) {
   const bool channels_last = output == Output::channels_last || (is_channels_last(x) && !x.is_contiguous());
-  const bool same_order = c == 1 || h * w == 1;  // both formats are one order in memory
+  const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
   tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
@@ -142,7 +153,8 @@ Tensor pack_panels(const Tensor& weight) {
 }
 
 Tensor pack_winograd(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "pack_winograd", "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});
+  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "pack_winograd", "weight must be (Cout, Cin, 3, 3), got ",
+        shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);

@@ -26,7 +26,8 @@ using OptionalString = std::optional<std::string>;
 // Throws "op: message" unless the condition holds.
 template <class... Parts>
 void check(bool condition, const char* op, const Parts&... parts) {
-  if (condition) [[likely]] return;
+  if (condition) [[likely]]
+    return;
   std::ostringstream text;
   text << op << ": ";
   (text << ... << parts);

@@ -90,12 +90,14 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.
     exact: only kernels that add up products directly. Otherwise a fire's 3x3 expand goes through Winograd's F(4x4, 3x3), with 2e-6 to
         3e-6 of the largest output as its error; logits are then within 1e-5 relative, with exact within 1e-6.
-    Raises TypeError if `model` is no torch.nn.Module or `dtype` no floating dtype.
+    Raises TypeError if `model` is no torch.nn.Module, `dtype` no floating dtype or `exact` no bool.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"optimize: dtype must be a floating torch.dtype, got {dtype!r}")
+    if not isinstance(exact, bool):
+        raise TypeError(f"optimize: exact must be True or False, got {exact!r}")
     fast = OptimizedModule(revert(model).eval(), exact=exact)
     if dtype is not None:
         fast.to(dtype)

@@ -35,9 +35,16 @@ int64_t padded_stride(int64_t channels) {
   return (lines % 8 == 0 ? lines + 1 : lines) * 16;
 }
 
-Pointwise product(const PackedPointwise& weights, const float* x, int64_t x_stride, float* out, int64_t out_stride, const float* residual = nullptr,
-                  int64_t residual_stride = 0) {
-  return {x, x_stride, weights.in_channels, weights.out_channels, weights.panels, {weights.bias, residual, residual_stride, weights.activation}, out, out_stride};
+Pointwise product(const PackedPointwise& weights, const float* x, int64_t x_stride, float* out, int64_t out_stride,
+                  const float* residual = nullptr, int64_t residual_stride = 0) {
+  return {x,
+          x_stride,
+          weights.in_channels,
+          weights.out_channels,
+          weights.panels,
+          {weights.bias, residual, residual_stride, weights.activation},
+          out,
+          out_stride};
 }
 
 }  // namespace
@@ -179,14 +186,26 @@ struct FireStrip {
                     {panels.begin, std::min(panels.end, panels1x1)});
       }
     if (panels.end > panels1x1)
-      expand3x3(buffer, rows.size(), {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1}, first + op.expand1x1.out_channels);
+      expand3x3(buffer, rows.size(), {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1},
+                first + op.expand1x1.out_channels);
   }
 
  private:
   void expand3x3(const float* buffer, int64_t rows, Range panels, float* out) const {
     const Kernels& k = kernels();
-    PaddedConv conv{buffer, squeeze, row_floats(), squeeze, op.expand3x3_channels, rows, op.width, 3, 3, op.panels3x3,
-                    {op.bias3x3, nullptr, 0, Activation::relu}, out, out_channels};
+    PaddedConv conv{buffer,
+                    squeeze,
+                    row_floats(),
+                    squeeze,
+                    op.expand3x3_channels,
+                    rows,
+                    op.width,
+                    3,
+                    3,
+                    op.panels3x3,
+                    {op.bias3x3, nullptr, 0, Activation::relu},
+                    out,
+                    out_channels};
     if (!winograd) return k.padded_conv(conv, {0, rows}, panels);
     PaddedConv tiled = conv;
     tiled.panels = op.winograd3x3;
@@ -248,8 +267,9 @@ struct Block {
   int64_t middle_floats() const { return ((op.expand ? op.height * op.width : 0) + out_pixels) * stride; }
 
   Depthwise depthwise(const float* x, int64_t x_stride, int64_t ring_rows, float* out) const {
-    return {x, x_stride, op.width * x_stride, ring_rows, op.height, op.width, op.channels, op.out_width, op.kernel, op.stride_h, op.stride_w,
-            op.pad_h, op.pad_w, op.taps, op.depthwise_bias, op.depthwise_activation, out, stride, op.out_width * stride};
+    return {x,         x_stride,    op.width * x_stride,  ring_rows, op.height, op.width, op.channels,       op.out_width,
+            op.kernel, op.stride_h, op.stride_w,          op.pad_h,  op.pad_w,  op.taps,  op.depthwise_bias, op.depthwise_activation,
+            out,       stride,      op.out_width * stride};
   }
 
   Pointwise project(const float* x, int64_t first_pixel) const {
@@ -281,7 +301,8 @@ struct Block {
       } else {
         k.depthwise(depthwise(x, op.channels, op.height, middle), {oh, end}, {0, op.channels});
       }
-      k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width}, {0, panels_for(op.project.out_channels)});
+      k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width},
+                  {0, panels_for(op.project.out_channels)});
     }
   }
 
@@ -304,7 +325,9 @@ struct Block {
         row = end;
       }
     };
-    const auto expand = [&](Range range, Range panels) { k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels); };
+    const auto expand = [&](Range range, Range panels) {
+      k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels);
+    };
     const Range all_rows{0, count * op.out_height};
     if (channels > pixels && parallel.threads > 1) {
       parallel.split(panels_for(channels), [&](Range panels) {  // channels never meet before the projection: no barrier between

@@ -24,7 +24,8 @@ inline void conv(const Conv& op, Range pixels, Range panels) {
     Output to{op.panels, taps * op.in_channels * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
     for_each_chunk<MAX_NV>(panels, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
-      with_constant<MOST>(rows, [&](auto MR) { tiles<MR, NV, false>(Indirect<MR>{table, taps, op.in_channels, {}}, 1, at_column(to, column, columns)); });
+      with_constant<MOST>(
+          rows, [&](auto MR) { tiles<MR, NV, false>(Indirect<MR>{table, taps, op.in_channels, {}}, 1, at_column(to, column, columns)); });
     });
   }
 }

@@ -20,8 +20,8 @@ struct TapRows {
 // One tap row of one tile: every input is loaded once and used for all tap columns. At the image's edge, inputs outside [first, last) are
 // skipped, not read.
 template <int K, int STRIDE, int TILE, bool EDGE, class Read>
-FASTCONV_INLINE void depthwise_tap_row(vec (&sum)[TILE], const float* x, int64_t x_stride, const float* taps, int64_t channels, int64_t first,
-                                       int64_t last, Read read) {
+FASTCONV_INLINE void depthwise_tap_row(vec (&sum)[TILE], const float* x, int64_t x_stride, const float* taps, int64_t channels,
+                                       int64_t first, int64_t last, Read read) {
   vec tap[K];
 #pragma GCC unroll 8
   for (int kw = 0; kw < K; ++kw) tap[kw] = read(taps + kw * channels);
@@ -63,18 +63,23 @@ FASTCONV_INLINE void depthwise_tile(const Depthwise& op, const TapRows<K>& rows,
   for (; c + W <= channels.end; c += W)
     block(c, [](const float* p) FASTCONV_LAMBDA_INLINE { return load(p); }, [](float* p, vec y) FASTCONV_LAMBDA_INLINE { store(p, y); });
   if (const int lanes = static_cast<int>(channels.end - c); lanes > 0)
-    block(c, [&](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, lanes); },
-          [&](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, lanes); });
+    block(
+        c, [&](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, lanes); },
+        [&](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, lanes); });
 }
 
 template <int K, int STRIDE, int TILE>
 __attribute__((noinline)) void depthwise_tile_any(const Depthwise& op, const TapRows<K>& rows, int64_t ow, Range channels) {
   const int64_t left = ow * STRIDE - op.pad_w;
   const bool inside = left >= 0 && left + (TILE - 1) * STRIDE + K <= op.width, whole = rows.kh.size() == K;
-  if (inside && whole) depthwise_tile<K, STRIDE, TILE, false, true>(op, rows, ow, channels);
-  else if (whole) depthwise_tile<K, STRIDE, TILE, true, true>(op, rows, ow, channels);
-  else depthwise_tile<K, STRIDE, TILE, true, false>(op, rows, ow, channels);
-  if (!is_clamp(op.activation)) activate_rows(op.out + ow * op.out_stride + channels.begin, op.out_stride, TILE, channels.size(), op.activation);
+  if (inside && whole)
+    depthwise_tile<K, STRIDE, TILE, false, true>(op, rows, ow, channels);
+  else if (whole)
+    depthwise_tile<K, STRIDE, TILE, true, true>(op, rows, ow, channels);
+  else
+    depthwise_tile<K, STRIDE, TILE, true, false>(op, rows, ow, channels);
+  if (!is_clamp(op.activation))
+    activate_rows(op.out + ow * op.out_stride + channels.begin, op.out_stride, TILE, channels.size(), op.activation);
 }
 
 template <int K, int STRIDE>

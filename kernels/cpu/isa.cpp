@@ -6,8 +6,8 @@
 
 namespace fastconv {
 
-#define FASTCONV_DECLARE(isa) \
-  namespace isa {             \
+#define FASTCONV_DECLARE(isa)   \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 FASTCONV_DECLARE(scalar)

@@ -40,6 +40,17 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                        {"depthwise", FASTCONV_CHANNELS},
                        {"max_pool", "1 pixel, one vector"},
                        {"global_avg_pool", "one vector"}},
-                      pointwise, conv, padded_conv, winograd, winograd_scratch, all_moderate, stem, depthwise, max_pool, sum_pixels, scale_channels, fma_chains};
+                      pointwise,
+                      conv,
+                      padded_conv,
+                      winograd,
+                      winograd_scratch,
+                      all_moderate,
+                      stem,
+                      depthwise,
+                      max_pool,
+                      sum_pixels,
+                      scale_channels,
+                      fma_chains};
 
 }  // namespace fastconv::FASTCONV_ISA

@@ -131,13 +131,13 @@ struct Kernels {
   // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs.
   void (*winograd)(const PaddedConv&, Range tile_rows, Range panels, float* scratch);
   int64_t (*winograd_scratch)(const PaddedConv&, int64_t tile_rows);  // floats
-  bool (*all_moderate)(const float* x, int64_t count);               // finite and below 1e30: what Winograd may be given
+  bool (*all_moderate)(const float* x, int64_t count);                // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);
-  void (*sum_pixels)(const float* x, int64_t x_stride, int64_t pixels, int64_t channels, float* sums);  // adds to sums
+  void (*sum_pixels)(const float* x, int64_t x_stride, int64_t pixels, int64_t channels, float* sums);        // adds to sums
   void (*scale_channels)(float* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scales);  // in place
-  double (*fma_chains)(int64_t iterations, float* sink);  // peak.h
+  double (*fma_chains)(int64_t iterations, float* sink);                                                      // peak.h
 };
 
 }  // namespace fastconv

@@ -22,9 +22,7 @@ struct Parallel {
   template <class F>
   void split(int64_t count, const F& f) const {
     const int64_t pieces = count < threads ? count : threads;
-    over(pieces, [&](int64_t begin, int64_t end) {
-      f(Range{begin * count / pieces, end * count / pieces});
-    });
+    over(pieces, [&](int64_t begin, int64_t end) { f(Range{begin * count / pieces, end * count / pieces}); });
   }
 };
 

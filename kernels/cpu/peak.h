@@ -8,8 +8,8 @@ namespace fastconv::FASTCONV_ISA {
 // 14 chains cover two units at a latency of 4 cycles with room to spare, and fit 16 registers. Returns the operations done.
 inline double fma_chains(int64_t iterations, float* sink) {
   const vec scale = splat(sink[0]), offset = splat(sink[1]);
-  vec a = scale, b = scale + offset, c = offset, d = scale * offset, e = a + d, f = b + e, g = c + f, h = d + g, i = e + h, j = f + i, k = g + j,
-      l = h + k, m = i + l, n = j + m;
+  vec a = scale, b = scale + offset, c = offset, d = scale * offset, e = a + d, f = b + e, g = c + f, h = d + g, i = e + h, j = f + i,
+      k = g + j, l = h + k, m = i + l, n = j + m;
   for (int64_t it = 0; it < iterations; ++it) {
     a = a * scale + offset;
     b = b * scale + offset;

@@ -44,11 +44,12 @@ void stem_rows(const Stem& op, Range rows, float* buffer) {
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_stride, op.out_stride, 0};
-    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
-      cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
-        return Stepped<MR, STEP>{buffer + first * op.stride_w, offsets, 1, depth, op.stride_w};
-      });
-    });
+    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false,
+                                 [&](auto NV, std::false_type, int64_t column, int64_t columns) {
+                                   cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
+                                     return Stepped<MR, STEP>{buffer + first * op.stride_w, offsets, 1, depth, op.stride_w};
+                                   });
+                                 });
   }
 }
 

@@ -46,7 +46,11 @@ struct Strided {
   int64_t stride, segments, depth, segment_stride;
   const float* p[(MR + 2) / 3];
   FASTCONV_INLINE Strided(const StridedSource& source, int64_t first_row)
-      : x(source.x + first_row * source.stride), stride(source.stride), segments(source.segments), depth(source.depth), segment_stride(source.segment_stride) {}
+      : x(source.x + first_row * source.stride),
+        stride(source.stride),
+        segments(source.segments),
+        depth(source.depth),
+        segment_stride(source.segment_stride) {}
   FASTCONV_INLINE void enter(int64_t s) {
     const float* first = x + s * segment_stride;
 #pragma GCC unroll 8
@@ -210,8 +214,10 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
       finish([](float* p, vec y, int) FASTCONV_LAMBDA_INLINE { store(p, y); });
     else
       finish([&](float* p, vec y, int v) FASTCONV_LAMBDA_INLINE {
-        if (v < NV - 1 || (PAIR && v < NV)) store(p, y);
-        else if (columns > v * W) store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
+        if (v < NV - 1 || (PAIR && v < NV))
+          store(p, y);
+        else if (columns > v * W)
+          store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
       });
     if (!is_clamp(to.epilogue.activation)) activate_rows(to.out, to.out_stride, MR, columns, to.epilogue.activation);
 
@@ -288,7 +294,8 @@ FASTCONV_INLINE void for_each_chunk(Range panels, int64_t out_channels, bool pai
   }
   if constexpr (std::is_invocable_v<F, std::integral_constant<int, 0>, std::true_type, int64_t, int64_t>)
     if (pair)
-      with_constant<WITH_PAIR + 1>(vectors + 1, [&](auto N) { f(std::integral_constant<int, N - 1>{}, std::true_type{}, column, end - column); });
+      with_constant<WITH_PAIR + 1>(vectors + 1,
+                                   [&](auto N) { f(std::integral_constant<int, N - 1>{}, std::true_type{}, column, end - column); });
 }
 constexpr int PREFERRED_NV = W == 16 ? 2 : MAX_NV;  // 14x32 loads weights at half the rate of 6x64, so L2 keeps up
 

@@ -1,8 +1,8 @@
 // 3x3 convolution, stride 1, by Winograd's F(4x4, 3x3): 36 multiplications for 16 outputs where the direct sum takes 144. Included per ISA.
 //
 // Source: A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308: Y = A^T [(G g G^T) * (B^T d B)] A. Its
-// error in fp32 is 2e-6 to 3e-6 of the largest output, so optimize(exact=True) leaves it out. The transforms subtract: a NaN, an infinity or
-// a huge number would spread over its whole tile, so rows of tiles that hold one are for the caller to compute directly (all_moderate).
+// error in fp32 is 2e-6 to 3e-6 of the largest output, so optimize(exact=True) leaves it out. The transforms subtract: a NaN, an infinity
+// or a huge number would spread over its whole tile, so rows of tiles that hold one are for the caller to compute directly (all_moderate).
 //
 // Tiles lie on a grid fixed to the image, whatever rows are computed, so results do not depend on the split. A block of tiles is
 // transformed, then for every two vectors of output channels 36 small products and the output transform run over it in L2.
@@ -62,8 +62,8 @@ inline void transform_tile_row(const PaddedConv& op, int64_t tile_row, int64_t t
 }
 
 // Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written.
-FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, const Clamp& clamp, float* out, int64_t stride, int64_t row_stride,
-                                 int64_t height, int64_t width, int64_t lanes) {
+FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, const Clamp& clamp, float* out, int64_t stride,
+                                 int64_t row_stride, int64_t height, int64_t width, int64_t lanes) {
   vec rows[4][6];  // A^T m
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
@@ -120,7 +120,8 @@ inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float*
           for (int64_t xi = 0; xi < 36; ++xi) {
             const StridedSource source{transformed + (xi * capacity + first) * K, K, 1, K, 0};
             const float* weights = op.panels + column / PANEL * panel_stride + xi * K * PANEL;
-            const Output to{weights, panel_stride, {no_bias, nullptr, 0, Activation::none}, sums + xi * sums_plane, sums_stride, VECTORS * W};
+            const Output to{weights,     panel_stride, {no_bias, nullptr, 0, Activation::none}, sums + xi * sums_plane,
+                            sums_stride, VECTORS * W};
             if (count <= MOST)
               with_constant<MOST>(count, [&](auto MR) { tiles<MR, VECTORS, false>(Strided<MR>(source, 0), 1, to); });
             else
@@ -131,8 +132,8 @@ inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float*
           const int64_t tile = first + t, oh = (row + tile / tiles_w) * 4, ow = tile % tiles_w * 4;
           float* out = op.out + (oh * op.out_width + ow) * op.out_stride + column;
           for (int64_t c = 0; c < columns; c += W)
-            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp, out + c, op.out_stride,
-                        op.out_width * op.out_stride, op.out_height - oh, op.out_width - ow, columns - c);
+            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp, out + c,
+                        op.out_stride, op.out_width * op.out_stride, op.out_height - oh, op.out_width - ow, columns - c);
         }
         first += count;
       }

@@ -57,13 +57,14 @@ struct Shape {
   int64_t out_h() const { return (h + 2 * pad - kernel) / stride + 1; }
   int64_t out_w() const { return (w + 2 * pad - kernel) / stride + 1; }
   std::string name() const {
-    return "c" + std::to_string(c) + " " + std::to_string(h) + "x" + std::to_string(w) + " out" + std::to_string(out) + " k" + std::to_string(kernel) + " s" +
-           std::to_string(stride) + " p" + std::to_string(pad);
+    return "c" + std::to_string(c) + " " + std::to_string(h) + "x" + std::to_string(w) + " out" + std::to_string(out) + " k" +
+           std::to_string(kernel) + " s" + std::to_string(stride) + " p" + std::to_string(pad);
   }
 };
 
 // Dense or depthwise (groups = channels) convolution, channels innermost, weight (out, c or 1, k, k).
-std::vector<float> convolve(const Shape& s, bool depthwise, const std::vector<float>& x, const std::vector<float>& weight, const std::vector<float>& bias) {
+std::vector<float> convolve(const Shape& s, bool depthwise, const std::vector<float>& x, const std::vector<float>& weight,
+                            const std::vector<float>& bias) {
   std::vector<float> y(s.out_h() * s.out_w() * s.out);
   for (int64_t oh = 0; oh < s.out_h(); ++oh)
     for (int64_t ow = 0; ow < s.out_w(); ++ow)
@@ -102,7 +103,8 @@ void check_pointwise(int64_t pixels, int64_t in, int64_t out) {
       for (int64_t k = 0; k < in; ++k) sum += x[m * in + k] * weight[n * in + k];
       wanted[m * out + n] = relu6(sum);
     }
-  kernels().pointwise({x.data(), in, in, out, panels.data(), {bias.data(), residual.data(), out, Activation::relu6}, y.data(), out}, {0, pixels}, {0, panels_for(out)});
+  kernels().pointwise({x.data(), in, in, out, panels.data(), {bias.data(), residual.data(), out, Activation::relu6}, y.data(), out},
+                      {0, pixels}, {0, panels_for(out)});
   expect_equal("pointwise " + s.name(), y, wanted);
 }
 
@@ -111,13 +113,14 @@ void check_conv(const Shape& s) {
   const std::vector<float> zeros(s.c), panels = panels_of(weight, s), wanted = convolve(s, false, x, weight, bias);
   std::vector<float> y(wanted.size(), SENTINEL);
   const Epilogue epilogue{bias.data(), nullptr, 0, Activation::relu6};
-  kernels().conv({x.data(), s.c, s.h, s.w, s.c, s.out, s.out_h(), s.out_w(), s.kernel, s.kernel, s.stride, s.stride, s.pad, s.pad, panels.data(), zeros.data(), epilogue,
-                  y.data(), s.out},
+  kernels().conv({x.data(), s.c, s.h, s.w, s.c, s.out, s.out_h(), s.out_w(), s.kernel, s.kernel, s.stride, s.stride, s.pad, s.pad,
+                  panels.data(), zeros.data(), epilogue, y.data(), s.out},
                  {0, s.out_h() * s.out_w()}, {0, panels_for(s.out)});
   expect_equal("conv " + s.name(), y, wanted);
   if (s.c > 4) return;
   y.assign(wanted.size(), SENTINEL);
-  const Stem stem{x.data(), 1, s.w * s.c, s.c, s.h, s.w, s.c, s.out, s.out_h(), s.out_w(), s.kernel, s.kernel, s.stride, s.stride, s.pad, s.pad, panels.data(), epilogue, y.data(), s.out};
+  const Stem stem{x.data(), 1,        s.w * s.c, s.c,      s.h,   s.w,   s.c,           s.out,    s.out_h(), s.out_w(),
+                  s.kernel, s.kernel, s.stride,  s.stride, s.pad, s.pad, panels.data(), epilogue, y.data(),  s.out};
   std::vector<float> scratch(stem.scratch_floats());
   kernels().stem(stem, {0, s.out_h()}, scratch.data());
   expect_equal("stem " + s.name(), y, wanted);
@@ -133,7 +136,8 @@ void check_padded(const Shape& s) {
   const auto panels = panels_of(weight, s);
   pack_winograd(weight.data(), s.out, s.c, winograd.data());
   std::vector<float> unclamped(s.h * s.w * s.out), y(unclamped.size(), SENTINEL);
-  PaddedConv op{buffer.data(), s.c, width * s.c, s.c, s.out, s.h, s.w, 3, 3, panels.data(), {bias.data(), nullptr, 0, Activation::none}, unclamped.data(), s.out};
+  PaddedConv op{buffer.data(),    s.c,  width * s.c, s.c, s.out, s.h, s.w, 3, 3, panels.data(), {bias.data(), nullptr, 0, Activation::none},
+                unclamped.data(), s.out};
   kernels().padded_conv(op, {0, s.h}, {0, panels_for(s.out)});
   std::vector<float> clamped(unclamped);
   for (float& value : clamped) value = relu6(value);
@@ -151,8 +155,8 @@ void check_depthwise(const Shape& s) {
   pack_taps(weight.data(), s.c, s.kernel * s.kernel, taps.data());
   const std::vector<float> wanted = convolve(s, true, x, weight, bias);
   std::vector<float> y(wanted.size(), SENTINEL);
-  kernels().depthwise({x.data(), s.c, s.w * s.c, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad, s.pad, taps.data(), bias.data(), Activation::relu6, y.data(),
-                       s.c, s.out_w() * s.c},
+  kernels().depthwise({x.data(), s.c, s.w * s.c, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad, s.pad, taps.data(),
+                       bias.data(), Activation::relu6, y.data(), s.c, s.out_w() * s.c},
                       {0, s.out_h()}, {0, s.c});
   expect_equal("depthwise " + s.name(), y, wanted);
 }
