@@ -42,7 +42,8 @@ Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation) {
   const char* op = "depthwise";
   check_packed_image(op, x);
-  check_channels(op, x, bias.numel());
+  check(taps.dim() == 2, op, "taps must be (K * K, C), got ", shape_of{taps});
+  check_channels(op, x, taps.size(1));
   check_taps(op, taps, bias, x.size(1), stride, padding);
   return run(op, x, taps, bias, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
 }

@@ -144,17 +144,17 @@ def test_packed_operators(name):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("depthwise_packed", {0: reals(2, 7, 7, 8)}, "depthwise_packed: taps must be dense float32"),
-        ("depthwise_packed", {0: reals(2, 6, 7, 8).double()}, "depthwise_packed: x must be float32, got float64"),
-        ("depthwise_packed", {2: reals(5)}, "depthwise_packed: the depthwise bias must be"),
-        ("depthwise_packed", {3: [1, 3]}, "depthwise_packed: stride must be 1 or 2 along the width"),
-        ("depthwise_packed", {5: "gelu"}, "depthwise_packed: activation must be .*, got 'gelu'"),
-        ("pointwise_packed", {0: reals(2, 5, 7, 8)}, "pointwise_packed: panels must be dense float32"),
-        ("pointwise_packed", {3: reals(2, 4, 7, 7)}, "pointwise_packed: residual must have the output's shape"),
-        ("pointwise_packed", {2: reals(17)}, "pointwise_packed: panels must be dense float32"),
-        ("inverted_residual_packed", {14: "tanh"}, "inverted_residual_packed: gate_activation must be"),
-        ("stem_packed", {0: reals(2, 5, 9, 8)}, "stem_packed: x must have 1 to 4 channels"),
-        ("stem_packed", {0: reals(2, 3, 1, 1), 5: [0, 0]}, "stem_packed: x has no output pixels"),
+        ("depthwise_packed", {0: reals(2, 7, 7, 8)}, r"depthwise: x must have 6 channels, got \(2, 7, 7, 8\)"),
+        ("depthwise_packed", {0: reals(2, 6, 7, 8).double()}, "depthwise: x must be float32, got float64"),
+        ("depthwise_packed", {2: reals(5)}, "depthwise: the depthwise bias must be"),
+        ("depthwise_packed", {3: [1, 3]}, "depthwise: stride must be 1 or 2 along the width"),
+        ("depthwise_packed", {5: "gelu"}, "depthwise: activation must be .*, got 'gelu'"),
+        ("pointwise_packed", {0: reals(2, 5, 7, 8)}, r"pointwise: x must have 6 channels, got \(2, 5, 7, 8\)"),
+        ("pointwise_packed", {3: reals(2, 4, 7, 7)}, "pointwise: residual must have the output's shape"),
+        ("pointwise_packed", {2: reals(17)}, "pointwise: panels must be dense float32"),
+        ("inverted_residual_packed", {14: "tanh"}, "inverted_residual: gate_activation must be"),
+        ("stem_packed", {0: reals(2, 5, 9, 8)}, r"stem: x must have 3 channels, got \(2, 5, 9, 8\)"),
+        ("stem_packed", {0: reals(2, 3, 1, 1), 5: [0, 0]}, "stem: x has no output pixels"),
     ],
 )
 def test_packed_errors(name, change, message):
