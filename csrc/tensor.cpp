@@ -5,6 +5,10 @@
 
 #include "kernels/cpu/pack.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastconv {
 
 std::ostream& operator<<(std::ostream& text, shape_of shape) {
@@ -123,6 +127,20 @@ Image::Image(const Tensor& x)
       w(x.size(3)),
       data(fastconv::data(tensor)) {}
 
+namespace {
+
+// Large outputs on huge pages: a fresh 73 MB one (SqueezeNet 1.0's stem, batch 16) costs 18 thousand page faults on small ones.
+void advise_huge_pages(const Tensor& tensor) {
+#ifdef __linux__
+  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.numel() * sizeof(float);
+  const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
+
+}  // namespace
+
 Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output) : tensor_(x), convert_(false) {
   const bool channels_last = output == Output::channels_last || (is_channels_last(x) && !x.is_contiguous());
   const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
@@ -130,6 +148,7 @@ Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Outp
   const Ints shape{n, c, h, w};
   tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
                                  channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  advise_huge_pages(tensor_);
 }
 
 Tensor Result::done() const { return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }
