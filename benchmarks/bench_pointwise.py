@@ -7,6 +7,7 @@ independent chains of fused multiply-adds on the same ISA), so that a drift of t
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -19,18 +20,16 @@ import fastconv._C as extension
 SHAPES = Path(__file__).parent / "shapes" / "pointwise.txt"
 
 
-def shapes(nets: tuple[str, ...]) -> dict[tuple[int, int, int], list[str]]:
-    """(pixels, in channels, out channels) -> the networks that have such a layer, in the file's order."""
-    found: dict[tuple[int, int, int], list[str]] = {}
+def shapes(nets: tuple[str, ...]) -> dict[tuple[int, int, int], Counter[str]]:
+    """(pixels, in channels, out channels) -> how many such layers each network has, in the file's order."""
+    found: dict[tuple[int, int, int], Counter[str]] = {}
     for line in SHAPES.read_text().splitlines():
         if line.startswith("#"):
             continue
         net, _, n, c, h, w, cout, *_ = line.split()
         if nets and net not in nets:
             continue
-        users = found.setdefault((int(n) * int(h) * int(w), int(c), int(cout)), [])
-        if net not in users:
-            users.append(net)
+        found.setdefault((int(n) * int(h) * int(w), int(c), int(cout)), Counter())[net] += 1
     return found
 
 
@@ -41,6 +40,17 @@ def measure(shape: tuple[int, int, int], budget: float) -> dict[str, float]:
         peak = max(peak, extension.fma_gflops())
         reached = max(reached, extension.pointwise_gflops(*shape, budget=budget / 4))
     return {"gflops": reached, "peak_gflops": peak, "percent": 100 * reached / peak}
+
+
+def whole_networks(rows: list[dict], isa: str, peak: float) -> str:
+    """All 1x1 layers of each network together: their operations over the sum of their times, in percent of the peak."""
+    operations, seconds = Counter(), Counter()
+    for row in rows:
+        work = 2 * row["pixels"] * row["in_channels"] * row["out_channels"]
+        for net, layers in row["networks"].items():
+            operations[net] += layers * work
+            seconds[net] += layers * work / (row[isa]["gflops"] * 1e9)
+    return ", ".join(f"{net} {100 * operations[net] / seconds[net] / 1e9 / peak:.0f}%" for net in operations)
 
 
 @click.command()
@@ -73,7 +83,7 @@ def main(isas: tuple[str, ...], nets: tuple[str, ...], budget: float, json_path:
         below = sum(percent < 80 for percent in percents)
         console.print(
             f"{isa}: peak {peak:.1f} GFLOP/s a core; median {percents[len(percents) // 2]:.0f}% of it, least {percents[0]:.0f}%, "
-            f"{below} of {len(percents)} shapes below 80%"
+            f"{below} of {len(percents)} shapes below 80%\n  all 1x1 layers of a network together: {whole_networks(rows, isa, peak)}"
         )
     if json_path:
         Path(json_path).write_text(json.dumps(rows, indent=1))
