@@ -29,6 +29,16 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t out_channel
     parallel.split(pixels, [&](Range range) { f(range, Range{0, panels_for(out_channels)}); });
 }
 
+// A range of rows counted through a batch, image by image: f(image, rows within it). (Or pixels, with an image's pixels for its height.)
+template <class F>
+void for_each_image(Range rows, int64_t height, const F& f) {
+  for (int64_t row = rows.begin; row < rows.end;) {
+    const int64_t n = row / height, end = std::min(rows.end, (n + 1) * height);
+    f(n, Range{row - n * height, end - n * height});
+    row = end;
+  }
+}
+
 // Pixel stride of a private buffer: whole cache lines, and never a multiple of 512 bytes, whose rows would fall in the same cache sets.
 int64_t padded_stride(int64_t channels) {
   const int64_t lines = ceil_div(channels, 16);
@@ -70,14 +80,12 @@ void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, co
   const Kernels& k = kernels();
   const int64_t work = batch * out_height * image.out_width * image.channels * image.kernel * image.kernel;
   for_work(parallel, work).split(batch * out_height, [&](Range rows) {
-    for (int64_t row = rows.begin; row < rows.end;) {
-      const int64_t n = row / out_height, end = std::min(rows.end, (n + 1) * out_height);
+    for_each_image(rows, out_height, [&](int64_t n, Range part) {
       Depthwise op = image;
       op.x += n * image.height * image.x_row_stride;
-      op.out += row * image.out_row_stride;
-      k.depthwise(op, {row - n * out_height, end - n * out_height}, {0, image.channels});
-      row = end;
-    }
+      op.out += (n * out_height + part.begin) * image.out_row_stride;
+      k.depthwise(op, part, {0, image.channels});
+    });
   });
 }
 
@@ -85,28 +93,24 @@ void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Para
   const Kernels& k = kernels();
   parallel.split(batch * image.out_height, [&](Range rows) {
     float* buffer = private_scratch.floats(image.scratch_floats());
-    for (int64_t row = rows.begin; row < rows.end;) {
-      const int64_t n = row / image.out_height, end = std::min(rows.end, (n + 1) * image.out_height);
+    for_each_image(rows, image.out_height, [&](int64_t n, Range part) {
       Stem op = image;
       op.x += n * image_stride;
       op.out += n * image.out_height * image.out_width * image.out_stride;
-      k.stem(op, {row - n * image.out_height, end - n * image.out_height}, buffer);
-      row = end;
-    }
+      k.stem(op, part, buffer);
+    });
   });
 }
 
 void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
   const Kernels& k = kernels();
   for_work(parallel, batch * out_height * image.out_width * image.channels * 9).split(batch * out_height, [&](Range rows) {
-    for (int64_t row = rows.begin; row < rows.end;) {
-      const int64_t n = row / out_height, end = std::min(rows.end, (n + 1) * out_height);
+    for_each_image(rows, out_height, [&](int64_t n, Range part) {
       MaxPool op = image;
       op.x += n * image.height * image.width * image.x_stride;
       op.out += n * out_height * image.out_width * image.out_stride;
-      k.max_pool(op, {row - n * out_height, end - n * out_height});
-      row = end;
-    }
+      k.max_pool(op, part);
+    });
   });
 }
 
@@ -317,13 +321,11 @@ struct Block {
     const float* x = op.x + batch.begin * in_floats;
 
     const auto run_depthwise = [&](Range image_rows, Range range) {
-      for (int64_t row = image_rows.begin; row < image_rows.end;) {
-        const int64_t n = row / op.out_height, end = std::min(image_rows.end, (n + 1) * op.out_height), first = row - n * op.out_height;
+      for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
         const float* source = op.expand ? expanded + n * op.height * op.width * stride : x + n * in_floats;
-        k.depthwise(depthwise(source, op.expand ? stride : channels, op.height, middle + (n * out_pixels + first * op.out_width) * stride),
-                    {first, end - n * op.out_height}, range);
-        row = end;
-      }
+        float* out = middle + (n * out_pixels + part.begin * op.out_width) * stride;
+        k.depthwise(depthwise(source, op.expand ? stride : channels, op.height, out), part, range);
+      });
     };
     const auto expand = [&](Range range, Range panels) {
       k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels);
@@ -351,11 +353,9 @@ struct Block {
       run_pointwise(product(gate.reduce, means, channels, hidden, reduced), count, parallel);
       run_pointwise(product(gate.expand, hidden, reduced, scales, channels), count, parallel);
       parallel.split(count * out_pixels, [&](Range range) {
-        for (int64_t p = range.begin; p < range.end;) {
-          const int64_t n = p / out_pixels, end = std::min(range.end, (n + 1) * out_pixels);
-          k.scale_channels(middle + p * stride, stride, end - p, channels, scales + n * channels);
-          p = end;
-        }
+        for_each_image(range, out_pixels, [&](int64_t n, Range part) {
+          k.scale_channels(middle + (n * out_pixels + part.begin) * stride, stride, part.size(), channels, scales + n * channels);
+        });
       });
     }
     split_product(parallel, count * out_pixels, op.project.out_channels,
