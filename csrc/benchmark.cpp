@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 
 #include "kernels/cpu/isa.h"
 
@@ -34,6 +35,28 @@ double fma_gflops() {
     const double start = seconds();
     const double operations = kernels().fma_chains(20000, sink);
     best = std::max(best, operations / (seconds() - start) / 1e9);
+  }
+  return best;
+}
+
+double bandwidth_gbs(int64_t bytes, const std::string& kind, double budget) {
+  const bool copy = kind == "copy";
+  if (!copy && kind != "read") throw std::invalid_argument("bandwidth_gbs: kind must be 'read' or 'copy', got '" + kind + "'");
+  if (bytes < 4096) throw std::invalid_argument("bandwidth_gbs: bytes must be at least 4096, got " + std::to_string(bytes));
+  const int64_t count = bytes / 512 * 128 / (copy ? 2 : 1) / 128 * 128;  // whole unrolled steps on every ISA; a copy has two streams in the set
+  const Buffer x = filled(count), out = filled(copy ? count : 128);
+  float sink[3] = {};
+  const double moved = static_cast<double>(count) * sizeof(float) * (copy ? 2 : 1);
+  const int64_t repeats = std::max<int64_t>(1, static_cast<int64_t>(2e6 / moved));
+  double best = 0;
+  for (const double end = seconds() + budget; seconds() < end;) {
+    const double start = seconds();
+    for (int64_t i = 0; i < repeats; ++i)
+      if (copy)
+        kernels().copy_stream(x.get(), count, out.get());
+      else
+        kernels().read_stream(x.get(), count, sink);
+    best = std::max(best, moved * static_cast<double>(repeats) / (seconds() - start) / 1e9);
   }
   return best;
 }

@@ -52,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
         "Switches the instruction set; for tests. Raises ValueError on an unknown or unsupported name.");
   m.def("kernels", &kernel_table, "The active kernels: dicts of op, dtype, tile and isa.");
   m.def("fma_gflops", &fastconv::fma_gflops, "Measured fused multiply-add peak of one core on the active ISA, GFLOP/s.");
+  m.def("bandwidth_gbs", &fastconv::bandwidth_gbs, py::arg("bytes"), py::arg("kind") = "read", py::arg("budget") = 0.05,
+        "Best GB/s of one core over a working set of so many bytes, kind 'read' or 'copy', within a budget of seconds.");
   m.def("pointwise_gflops", &fastconv::pointwise_gflops, py::arg("pixels"), py::arg("in_channels"), py::arg("out_channels"),
         py::arg("budget") = 0.2, "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");

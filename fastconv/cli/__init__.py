@@ -8,6 +8,7 @@ from fastconv.cli.demo import demo
 from fastconv.cli.doctor import doctor
 from fastconv.cli.explain import explain
 from fastconv.cli.machine import version
+from fastconv.cli.profile import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,5 +17,5 @@ def main() -> None:
     """SqueezeNet and MobileNet at the hardware's speed, inside PyTorch."""
 
 
-for command in (demo, classify, bench, explain, doctor):
+for command in (demo, classify, bench, profile, explain, doctor):
     main.add_command(command)

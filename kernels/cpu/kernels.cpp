@@ -51,6 +51,8 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       max_pool,
                       sum_pixels,
                       scale_channels,
-                      fma_chains};
+                      fma_chains,
+                      read_stream,
+                      copy_stream};
 
 }  // namespace fastconv::FASTCONV_ISA

@@ -137,7 +137,10 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, Range rows);
   void (*sum_pixels)(const float* x, int64_t x_stride, int64_t pixels, int64_t channels, float* sums);        // adds to sums
   void (*scale_channels)(float* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scales);  // in place
-  double (*fma_chains)(int64_t iterations, float* sink);                                                      // peak.h
+  // peak.h
+  double (*fma_chains)(int64_t iterations, float* sink);
+  void (*read_stream)(const float* x, int64_t count, float* sink);
+  void (*copy_stream)(const float* x, int64_t count, float* out);
 };
 
 }  // namespace fastconv

@@ -1,0 +1,1 @@
+"""fastconv as a benchmark suite: operators, whole networks beside other engines, and the report."""
