@@ -43,7 +43,8 @@ double bandwidth_gbs(int64_t bytes, const std::string& kind, double budget) {
   const bool copy = kind == "copy";
   if (!copy && kind != "read") throw std::invalid_argument("bandwidth_gbs: kind must be 'read' or 'copy', got '" + kind + "'");
   if (bytes < 4096) throw std::invalid_argument("bandwidth_gbs: bytes must be at least 4096, got " + std::to_string(bytes));
-  const int64_t count = bytes / 512 * 128 / (copy ? 2 : 1) / 128 * 128;  // whole unrolled steps on every ISA; a copy has two streams in the set
+  const int64_t count =
+      bytes / 512 * 128 / (copy ? 2 : 1) / 128 * 128;  // whole unrolled steps on every ISA; a copy has two streams in the set
   const Buffer x = filled(count), out = filled(copy ? count : 128);
   float sink[3] = {};
   const double moved = static_cast<double>(count) * sizeof(float) * (copy ? 2 : 1);

@@ -130,25 +130,50 @@ Image::Image(const Tensor& x)
 namespace {
 
 // Large outputs on huge pages: a fresh 73 MB one (SqueezeNet 1.0's stem, batch 16) costs 18 thousand page faults on small ones.
-void advise_huge_pages(const Tensor& tensor) {
+void advise_huge_pages(const float* data, int64_t count) {
 #ifdef __linux__
   constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.numel() * sizeof(float);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + count * sizeof(float);
   const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
 }
 
+thread_local OutputBuffer* output_buffer = nullptr;
+
 }  // namespace
+
+float* OutputBuffer::floats(int64_t count) {
+  if (count > capacity_) {
+    // On a huge page's boundary where there is one to fill.
+    const size_t alignment = count * sizeof(float) >= size_t{1} << 20 ? size_t{2} << 20 : 64;
+    const size_t bytes = (count * sizeof(float) + alignment - 1) / alignment * alignment;
+    capacity_ = 0;
+    data_.reset();
+    data_.reset(static_cast<float*>(std::aligned_alloc(alignment, bytes)));
+    if (!data_) throw std::bad_alloc();
+    capacity_ = static_cast<int64_t>(bytes / sizeof(float));
+    advise_huge_pages(data_.get(), capacity_);
+  }
+  return data_.get();
+}
+
+OutputPlace::OutputPlace(OutputBuffer* buffer) { output_buffer = buffer; }
+OutputPlace::~OutputPlace() { output_buffer = nullptr; }
 
 Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output) : tensor_(x), convert_(false) {
   const bool channels_last = output == Output::channels_last || (is_channels_last(x) && !x.is_contiguous());
   const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
+  if (output_buffer && channels_last) {
+    const Ints strides{h * w * c, 1, w * c, c};
+    tensor_ = torch::stable::from_blob(output_buffer->floats(n * c * h * w), shape, strides, x.device(), ScalarType::Float);
+    return;
+  }
   tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
                                  channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  advise_huge_pages(tensor_);
+  advise_huge_pages(data(), tensor_.numel());
 }
 
 Tensor Result::done() const { return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }

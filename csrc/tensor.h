@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -68,6 +70,27 @@ struct Image {
 };
 
 enum class Output { like_input, channels_last };
+
+// A block that keeps its memory from one call to the next and grows to the largest need seen.
+class OutputBuffer {
+ public:
+  float* floats(int64_t count);
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// While it lives, Results of this thread stand in `buffer` instead of memory of their own; null: in their own.
+class OutputPlace {
+ public:
+  explicit OutputPlace(OutputBuffer* buffer);
+  ~OutputPlace();
+  OutputPlace(const OutputPlace&) = delete;
+};
 
 // The kernels write channels innermost; done() returns the result in the asked memory format: the input's for public operators, always
 // channels_last for packed ones.

@@ -67,7 +67,7 @@ class _Fate:
 
 def _fates(plan: Plan) -> dict[str, _Fate]:
     """The fate of each leaf module of the plan's module, by name."""
-    program, _, steps = plan.prepare()
+    program, _, steps, _ = plan.prepare()
     names = [name for name, module in plan.module.named_modules(remove_duplicate=False) if not module._modules]
     modules = dict(plan.module.named_modules(remove_duplicate=False))
     fates: dict[str, _Fate] = {name: _Fate(NONE, "does nothing in eval mode") for name in program.identities}

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
 from fastconv.optimize.trace import Untraceable, hooked, trace
+from fastconv.optimize.whole import Whole, whole
 
 # What to call, from which slots, into which slot.
 Step = tuple[Any, tuple[int, ...], int]
@@ -296,6 +297,7 @@ class Ready(NamedTuple):
     program: Program
     watch: Watch
     steps: list[Step] | None
+    whole: Whole | None = None
 
 
 class Plan:
@@ -355,7 +357,7 @@ class Plan:
                 keep = changed is not None and not any(source.place() in changed for source in call.sources())
                 call = old.steps[i][0] if keep else call.prepare(like, self.exact)
             steps.append((call, reads, write))
-        return Ready(program, watch, steps)
+        return Ready(program, watch, steps, whole(program.graph, [call for call, _, _ in steps]) if program.graph else None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         grad = torch.is_grad_enabled()
@@ -365,7 +367,9 @@ class Plan:
 
     def run(self, *args: Tensor) -> Any:
         """The call itself, for plain tensors that want no gradient."""
-        program, _, steps = self.prepare()
+        program, _, steps, together = self.prepare()
+        if together is not None and len(args) == 1 and together.serves(args[0]):
+            return _formatted(together(args[0]), args[0])
         if program.stand_in is not None:
             return getattr(program.stand_in, self.method)(*args)
         if steps is None or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):

@@ -83,7 +83,7 @@ def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, 
     Raises ValueError if the module does not trace as a whole, RuntimeError without the compiled extension.
     """
     plan = fast.plan
-    program, _, steps = plan.prepare()
+    program, _, steps, _ = plan.prepare()
     if program.graph is None or steps is None:
         raise ValueError(f"profile: the model has no plan of its own: {program.problem or 'no layer that fastconv could run'}")
     nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
@@ -146,7 +146,7 @@ Shapes = tuple[list[torch.Size], torch.Size | None]
 def _timed(fast: OptimizedModule, x: Tensor, rounds: int) -> tuple[list[Shapes], list[list[float]], float]:
     """Each step's input shapes and output shape, its microseconds in every pass, and the median of the whole call's. A pass runs all
     steps one by one and then the module, so that drift meets all alike; values are freed as in the module."""
-    program, _, steps = fast.plan.prepare()
+    program, _, steps, _ = fast.plan.prepare()
     shapes: list[Shapes] = []
     times: list[list[float]] = [[] for _ in steps]
     whole = []

@@ -1,0 +1,140 @@
+"""A plan as one operator call: all steps in C++, intermediate results in memory that stays from call to call."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, fx
+
+from fastconv import _extension
+from fastconv.ops._prepared import Prepared, PreparedResidual
+from fastconv.optimize.layers import Kernel
+
+# What csrc/program.cpp knows.
+_OPS = {
+    f"fastconv::{name}"
+    for name in (
+        "stem_packed",
+        "pointwise_packed",
+        "depthwise_packed",
+        "fire_expand_packed",
+        "fire_packed",
+        "inverted_residual_packed",
+        "max_pool",
+        "global_avg_pool",
+    )
+}
+
+
+class Whole:
+    """`whole(x)` is all of a plan's steps in one call of `fastconv::program_run`, to the same bits as one by one.
+
+    Intermediate results stand in an arena, one per thread that calls at a time, which lives as long as the plan.
+    """
+
+    def __init__(self, flatten: bool) -> None:
+        self.number = torch.ops.fastconv.program_new()
+        self.flatten = flatten
+        weakref.finalize(self, torch.ops.fastconv.program_free, self.number)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.ops.fastconv.program_run.default(x, self.number)
+        return y[:, :, 0, 0] if self.flatten else y
+
+    @staticmethod
+    def serves(x: Tensor) -> bool:
+        return x.dtype is torch.float32 and x.device.type == "cpu" and x.dim() == 4 and x.shape[0] > 0
+
+
+def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:
+    """The whole graph as one call, or None where a step is no compiled kernel. calls: the prepared steps, in the graph's order."""
+    if not _extension.available:
+        return None
+    nodes = list(graph.nodes)
+    if [node.op for node in nodes].count("placeholder") != 1 or nodes[0].op != "placeholder" or nodes[-1].op != "output":
+        return None
+    result = nodes[-1].args[0]
+    if not isinstance(result, fx.Node):
+        return None
+    same: dict[fx.Node, fx.Node] = {}  # a flattened (N, C, 1, 1) is the same memory
+    flat: set[fx.Node] = set()
+    steps: list[tuple[fx.Node, str, tuple, list[fx.Node]]] = []
+    for node, call in zip(nodes[1:-1], calls):
+        inputs = [same.get(argument, argument) for argument in (node.args if isinstance(node.target, Kernel) else node.all_input_nodes)]
+        if _is_flatten(node):
+            same[node] = inputs[0]
+            flat.add(node)
+            continue
+        described = _described(node, call)
+        if described is None:
+            return None
+        if node.target.op == "linear":
+            if node.args[0] not in flat:
+                return None
+            flat.add(node)
+        elif any(argument in flat for argument in node.args):
+            return None
+        steps.append((node, *described, inputs))
+    if not steps or steps[-1][0] is not same.get(result, result):
+        return None
+    program = Whole(flatten=result in flat)
+    # Slots: an output never takes the place of what its own step still reads.
+    last = {argument: i for i, (*_, inputs) in enumerate(steps) for argument in inputs}
+    slots, free, used = {nodes[0]: 0}, [], 1
+    for i, (node, op, arguments, inputs) in enumerate(steps):
+        if free:
+            slots[node] = free.pop()
+        else:
+            slots[node], used = used, used + 1
+        places = [slots[argument] for argument in inputs]
+        torch.ops.fastconv.program_add(program.number, op, *arguments, places[0], places[1] if len(places) > 1 else -1, slots[node])
+        free += [slots[argument] for argument in set(inputs) if last[argument] == i and slots[argument] != 0]
+        if node not in last:
+            free.append(slots[node])
+    return program
+
+
+def _is_flatten(node: fx.Node) -> bool:
+    """Whether the node flattens the pixels of a global average pool, of which there is one an image."""
+    shape = node.meta.get("shape")
+    inputs = node.all_input_nodes
+    pooled = len(inputs) == 1 and isinstance(inputs[0].target, Kernel) and inputs[0].target.op == "global_avg_pool"
+    return bool(pooled and node.meta.get("reshape") and shape is not None and len(shape) == 2)
+
+
+def _described(node: fx.Node, call: object) -> tuple[str, tuple] | None:
+    """A prepared step as `program_add` takes it: (operator, (weights, numbers, activations)), in the order of the operator's schema."""
+    if not isinstance(node.target, Kernel) or not isinstance(call, Prepared):
+        return None
+    args = list(call.args)
+    if node.target.op == "linear":
+        op, schema = "pointwise_packed", torch.ops.fastconv.pointwise_packed.default._schema
+        if "f32" not in call.label or len(args) != 3:
+            return None
+    elif isinstance(call.op, torch._ops.OpOverload) and call.op.name() in _OPS and "f32" in call.label:
+        op, schema = call.op.name().removeprefix("fastconv::"), call.op._schema
+        args += call.after if isinstance(call, PreparedResidual) else ()
+    else:
+        return None
+    weights: list[Tensor] = []
+    numbers: list[int] = []
+    activations: list[str] = []
+    formal = [argument for argument in schema.arguments if argument.name not in ("x", "residual")]
+    for argument, value in zip(formal, args, strict=False):
+        kind = str(argument.type)
+        if kind == "Optional[Tensor]":
+            numbers.append(value is not None)
+            weights += [] if value is None else [value]
+        elif kind == "Tensor":
+            weights.append(value)
+        elif kind == "List[Tensor]":
+            numbers.append(len(value))
+            weights += value
+        elif kind == "Optional[str]":
+            activations.append(value or "")
+        else:
+            numbers += map(int, value) if isinstance(value, (tuple, list)) else [int(value)]
+    # An optional argument at the end that was not given.
+    numbers += [0 for argument in formal[len(args) :] if str(argument.type) == "Optional[Tensor]"]
+    return op, (weights, numbers, ",".join(activations) + ",")

@@ -1,0 +1,122 @@
+"""The whole plan as one call: the same bits as step by step, memory that stays, and what it leaves to the steps."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastconv
+from fastconv import _extension
+from fastconv.optimize.plan import Ready
+
+pytestmark = pytest.mark.skipif(not _extension.available or _extension.backend() != "auto", reason="needs the compiled extension")
+
+
+def by_steps(fast):
+    """A copy whose plan calls its steps one by one."""
+    copy = fastconv.optimize(fastconv.revert(fast), exact=fast.exact)
+    ready = copy.plan.prepare()
+    assert isinstance(ready, Ready)
+    assert ready.whole is not None
+    copy.plan._ready = ready._replace(whole=None)
+    return copy
+
+
+def optimized(name, **options):
+    torch.manual_seed(0)
+    return fastconv.optimize(fastconv.models.get_model(name, **options).eval())
+
+
+@pytest.mark.parametrize("name", fastconv.models.list_models())
+@pytest.mark.parametrize("shape", [(1, 3, 96, 96), (3, 3, 97, 131)], ids=str)
+def test_same_bits_as_the_steps(name, shape):
+    fast = optimized(name, num_classes=10)
+    x = torch.randn(shape)
+    expected = by_steps(fast)(x)
+    for _ in range(2):  # with an empty arena, then with what the first call left in it
+        assert torch.equal(fast(x), expected)
+    assert torch.equal(fast(x.contiguous(memory_format=torch.channels_last)), expected)
+    assert expected.shape == (shape[0], 10)
+
+
+def test_shapes_may_change_between_calls():
+    fast = optimized("squeezenet1_1", num_classes=7)
+    steps = by_steps(fast)
+    for shape in [(1, 3, 64, 64), (4, 3, 80, 64), (1, 3, 64, 64), (2, 3, 33, 200)]:
+        x = torch.randn(shape)
+        assert torch.equal(fast(x), steps(x))
+
+
+def test_a_result_outlives_the_next_call():
+    fast = optimized("mobilenet_v2", num_classes=5)
+    first = fast(torch.zeros(1, 3, 64, 64))
+    kept = first.clone()
+    fast(torch.randn(1, 3, 64, 64))
+    assert torch.equal(first, kept)
+
+
+def test_an_image_for_a_result_is_the_callers_own_and_keeps_the_format():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+    fast = fastconv.optimize(model)
+    assert fast.plan.prepare().whole is not None
+    x = torch.randn(2, 3, 9, 9)
+    first = fast(x)
+    assert first.is_contiguous()
+    assert fast(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    kept = first.clone()
+    fast(torch.randn(2, 3, 9, 9))
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(first, model(x))
+
+
+def test_callers_at_the_same_time_have_arenas_of_their_own():
+    fast = optimized("mobilenet_v3_small", num_classes=6)
+    xs = [torch.randn(1, 3, 64, 64) for _ in range(8)]
+    expected = [fast(x) for x in xs]
+    wrong = []
+
+    def call(x, y):
+        with torch.inference_mode():
+            wrong.extend(i for i in range(30) if not torch.equal(fast(x), y))
+
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(xs, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_new_weights_are_seen():
+    fast = optimized("squeezenet1_1", num_classes=4)
+    x = torch.randn(1, 3, 64, 64)
+    before = fast(x)
+    with torch.no_grad():
+        fast.features[0].weight.mul_(2)
+    assert not torch.equal(fast(x), before)
+    assert torch.equal(fast(x), by_steps(fast)(x))
+
+
+def test_a_step_without_a_kernel_leaves_the_plan_to_its_steps():
+    fast = fastconv.optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 1)).eval())
+    assert fast.plan.prepare().whole is None
+    assert fast(torch.randn(1, 3, 8, 8)).shape == (1, 8, 6, 6)
+
+
+def test_errors_name_the_operator_as_the_steps_do():
+    fast = optimized("mobilenet_v2")
+    for bad in (torch.randn(1, 4, 64, 64), torch.randn(1, 3, 0, 64)):
+        with pytest.raises(RuntimeError) as whole:
+            fast(bad)
+        with pytest.raises(RuntimeError) as steps:
+            by_steps(fast)(bad)
+        assert str(whole.value).splitlines()[0] == str(steps.value).splitlines()[0]
+    assert fast(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_an_unknown_program_is_an_error():
+    with pytest.raises(RuntimeError, match="program: no program 123456789"):
+        torch.ops.fastconv.program_run(torch.randn(1, 3, 8, 8), 123456789)
+    with pytest.raises(RuntimeError, match="program: no operator cosine in a program"):
+        torch.ops.fastconv.program_add(torch.ops.fastconv.program_new(), "cosine", [], [], "", 0, -1, 1)
