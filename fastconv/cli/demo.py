@@ -1,5 +1,6 @@
 """fastconv demo: six networks on real photographs, eager torch's logits and times beside fastconv's."""
 
+import copy
 import json
 from typing import Any
 
@@ -54,13 +55,21 @@ def demo(out: str, nets: str | None, rounds: int, random_weights: bool, as_json:
 
 def _one(network: Any, images: dict[str, Any], labels: list[str], rounds: int, tick: Any) -> dict[str, Any]:
     import fastconv
-    from fastconv.cli import networks, timing
+    from fastconv.benchmarks import measure
+    from fastconv.cli import networks
 
     x = torch.stack([networks.preprocess(image, network.name) for image in images.values()])
     fast = fastconv.optimize(network.model)
     with torch.no_grad():
         theirs, ours = network.model(x), fast(x)
-        samples = timing.interleave(timing.engines(network, fast, x[:1].contiguous()), rounds, tick)
+        one, channels_last = x[:1].contiguous(), copy.deepcopy(network.model).to(memory_format=torch.channels_last)
+        one_channels_last = one.to(memory_format=torch.channels_last)
+        runs = {
+            "eager": lambda: network.model(one),
+            "eager_channels_last": lambda: channels_last(one_channels_last),
+            "fastconv": lambda: fast(one),  # NCHW in, as most users have it
+        }
+        samples = measure.interleave(runs, rounds, tick)
     top, probability = ours.argmax(1), ours.softmax(1).amax(1)
     seen = {
         photo: {"category": labels[int(top[i])], "probability": float(probability[i]), "agrees": bool(top[i] == theirs[i].argmax())}
@@ -71,10 +80,10 @@ def _one(network: Any, images: dict[str, Any], labels: list[str], rounds: int, t
         "library": network.library,
         "weights": network.weights,
         "why_random": network.why_random,
-        "error": timing.relative_error(ours, theirs),
+        "error": measure.relative_error(ours, theirs),
         "agreement": sum(photo["agrees"] for photo in seen.values()) / len(seen),
         "photographs": seen,
-        **timing.summarise(samples),
+        **measure.summarise(samples),
     }
 
 
