@@ -57,10 +57,8 @@ def _bars(name: str, cells: list[dict[str, Any]]) -> Figure:
     for panel, cell in zip(panels, cells):
         timed = [engine for engine in reversed(shown) if engine in cell["engines"]]
         medians = [cell["engines"][engine]["median_ms"] for engine in timed]
-        errors = [
-            [m - cell["engines"][e]["q1_ms"] for m, e in zip(medians, timed)],
-            [cell["engines"][e]["q3_ms"] - m for m, e in zip(medians, timed)],
-        ]
+        below = [median - cell["engines"][engine]["q1_ms"] for median, engine in zip(medians, timed)]
+        above = [cell["engines"][engine]["q3_ms"] - median for median, engine in zip(medians, timed)]
         bars = panel.barh(
             [text.title(engine) for engine in timed],
             medians,
