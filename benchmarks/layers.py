@@ -15,7 +15,7 @@ from torch import nn
 
 SHAPES = Path(__file__).parent / "shapes"
 NETWORKS = ("squeezenet1_0", "squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
-# What an op's file says after `net layer N C H W Cout K stride padding activation`; last comes `count`, how many such layers the network has.
+# What an op's file says after `net layer N C H W Cout K stride padding activation`; `count` comes last: how many of them the network has.
 EXTRA = {
     "stem": (),
     "depthwise": (),
@@ -34,7 +34,7 @@ MEANING = {
     "fire_expand": "Fire expands (Cout: of both expands together; K: of the larger)",
     "fire": "Fires (squeeze: channels between; Cout: of both expands together; K: of the larger)",
     "separable": "Depthwise-separable blocks (residual: 1 where the input is added)",
-    "inverted_residual": "Inverted residuals (expand: channels inside, 0 without an expand; squeeze: of the squeeze-excitation, 0 without;\n"
+    "inverted_residual": "Inverted residuals (expand: channels inside, 0 without; squeeze: of the squeeze-excitation, 0 without;\n"
     "# activation: of expand and depthwise; residual: 1 where the input is added)",
 }
 
@@ -42,7 +42,7 @@ Shape = dict[str, Any]
 
 
 def columns(op: str) -> tuple[str, ...]:
-    return ("net", "layer", *"N C H W Cout K stride padding activation".split(), *EXTRA[op], "count")
+    return ("net", "layer", *["N", "C", "H", "W", "Cout", "K", "stride", "padding", "activation"], *EXTRA[op], "count")
 
 
 def read(op: str) -> list[Shape]:
@@ -113,7 +113,7 @@ def _layers(model: nn.Module, size: int) -> Iterator[tuple[str, str, Shape]]:
             continue
         convs = [layer for layer in kernel.layers if layer is not None]
         names = [inputs[id(layer.weight.owner)][0] for layer in convs]
-        block = ".".join(os.path.commonprefix([name.split(".") for name in names]))
+        block = ".".join(os.path.commonpath([name.replace(".", "/") for name in names]).split("/"))
         residual = int(len(node.args) > 1)
         if kernel.op == "fire":
             squeeze, one, three = convs
@@ -122,7 +122,7 @@ def _layers(model: nn.Module, size: int) -> Iterator[tuple[str, str, Shape]]:
             yield "fire_expand", block, shape(three) | both
             yield "fire", block, {**shape(three), **both, "C": squeeze.shape[1], "squeeze": squeeze.channels}
             continue
-        for i, (layer, name) in enumerate(zip(convs, names)):
+        for layer, name in zip(convs, names):
             op = "pointwise" if layer.pointwise else "depthwise" if layer.depthwise else "stem"
             added = residual if layer is convs[-1] else 0
             yield op, name, shape(layer, **({"residual": added} if op == "pointwise" else {}))

@@ -42,9 +42,9 @@ def whole_networks(rows: list[dict], isa: str, peak: float) -> str:
     operations, seconds = Counter(), Counter()
     for row in rows:
         work = 2 * row["pixels"] * row["in_channels"] * row["out_channels"]
-        for net, layers in row["networks"].items():
-            operations[net] += layers * work
-            seconds[net] += layers * work / (row[isa]["gflops"] * 1e9)
+        for net, count in row["networks"].items():
+            operations[net] += count * work
+            seconds[net] += count * work / (row[isa]["gflops"] * 1e9)
     return ", ".join(f"{net} {100 * operations[net] / seconds[net] / 1e9 / peak:.0f}%" for net in operations)
 
 
