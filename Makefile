@@ -9,7 +9,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu bench-pointwise lint format wheel clean
+.PHONY: help demo test gpu bench-ops bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -20,8 +20,11 @@ demo: $(VENV)/.built  ## six networks on real photographs: logits and times besi
 test: $(VENV)/.built  ## every test but the slow ones (ARGS="-k pointwise", ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
 
+bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
 bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape and ISA
-	$(BIN)/python benchmarks/bench_pointwise.py $(ARGS)
+	$(BIN)/python benchmarks/peak_pointwise.py $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -36,7 +36,8 @@ def read_shapes(op: str) -> dict[tuple, list[str]]:
     for line in (SHAPES / f"{op}.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             net, layer, _, *numbers = line.split()
-            shapes.setdefault(tuple(map(int, numbers)), []).append(f"{net} {layer}")
+            *_, count = numbers
+            shapes.setdefault(tuple(map(int, numbers[:7])), []).extend([f"{net} {layer}"] * int(count))
     return shapes
 
 

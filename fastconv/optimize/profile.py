@@ -108,7 +108,7 @@ def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, 
             "us": us,
             "gbs": moved / us / 1e3,
         }
-        rows.append({**row, **_against(roof, multiply_adds, moved, us)})
+        rows.append({**row, **against(roof, multiply_adds, moved, us)})
     total = sum(row["us"] for row in rows)
     for row in rows:
         row["share"] = row["us"] / total
@@ -124,7 +124,7 @@ def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, 
     }
 
 
-def _against(roof: Roofs, multiply_adds: int, moved: int, us: float) -> dict[str, float | None]:
+def against(roof: Roofs, multiply_adds: int, moved: int, us: float) -> dict[str, float | None]:
     """A layer's rate beside the roofs."""
     if multiply_adds == 0:
         return dict.fromkeys(("gflops", "intensity", "percent_of_peak", "percent_of_roof"))

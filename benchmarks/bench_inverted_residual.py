@@ -1,0 +1,8 @@
+"""inverted_residual beside plain torch, on every shape that the six networks have of it."""
+
+from fastconv.benchmarks.suite import Row, over_shapes
+
+
+@over_shapes("inverted_residual")
+def test_inverted_residual(row: Row, time_row) -> None:
+    time_row(row)

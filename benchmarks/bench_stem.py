@@ -1,0 +1,8 @@
+"""stem beside plain torch, on every shape that the six networks have of it."""
+
+from fastconv.benchmarks.suite import Row, over_shapes
+
+
+@over_shapes("stem")
+def test_stem(row: Row, time_row) -> None:
+    time_row(row)
