@@ -1,0 +1,1 @@
+"""The benchmark suite: fastconv beside every engine that a user could pick instead."""
