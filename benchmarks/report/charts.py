@@ -82,7 +82,9 @@ Draw = Callable[[Any], None]
 def line_style(engine: str) -> dict[str, Any]:
     color, marker, dash = LINES.get(engine, ("#8b96a3", ".", "-"))
     ours = engine == "fastconv"
-    return dict(color=color, marker=marker, linestyle=dash, linewidth=2.6 if ours else 1.3, markersize=6 if ours else 4.5, zorder=5 if ours else 3)
+    return dict(
+        color=color, marker=marker, linestyle=dash, linewidth=2.6 if ours else 1.3, markersize=6 if ours else 4.5, zorder=5 if ours else 3
+    )
 
 
 def op_style(op: str) -> dict[str, Any]:
@@ -154,12 +156,23 @@ def roofline(axes: Any, view: View, name: str, rows: list[dict[str, Any]]) -> No
         start = max(low, bottom / bandwidth) * 1.08
         place = (start, start * bandwidth)
         axes.annotate(
-            level, place, (2, 1), textcoords="offset points", fontsize=7, color=MUTED, rotation=0, ha="left", va="bottom", annotation_clip=True
+            level,
+            place,
+            (2, 1),
+            textcoords="offset points",
+            fontsize=7,
+            color=MUTED,
+            rotation=0,
+            ha="left",
+            va="bottom",
+            annotation_clip=True,
         )
     for key, value in peaks.items():
         used = value == peak
         axes.axhline(value, color=MUTED if used else GRID, linewidth=1.3 if used else 0.9, zorder=2)
-        axes.annotate(f"{key} {value:.0f}", (high, value), (-3, 2), textcoords="offset points", fontsize=7, color=MUTED, ha="right", va="bottom")
+        axes.annotate(
+            f"{key} {value:.0f}", (high, value), (-3, 2), textcoords="offset points", fontsize=7, color=MUTED, ha="right", va="bottom"
+        )
     for op in dict.fromkeys(str(row.get("op")) for row in rows):
         chosen = [row for row in placed(rows) if str(row.get("op")) == op]
         sizes = [18 + 260 * min(1.0, number(row.get("share")) or 0) for row in chosen]
@@ -265,7 +278,10 @@ def figures(view: View) -> Iterator[tuple[str, Figure]]:
     for axis in view.scaling:
         heading = AXES.get(axis, (axis,))[0]
         slug = re.sub(r"[^a-z0-9]+", "-", axis.lower()).strip("-")
-        yield f"scaling-{slug}", grid(view, f"Scaling: {heading.lower()}", scaling_panels(view, axis), engine_keys(scaling_engines(view, axis)))
+        yield (
+            f"scaling-{slug}",
+            grid(view, f"Scaling: {heading.lower()}", scaling_panels(view, axis), engine_keys(scaling_engines(view, axis))),
+        )
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -296,7 +312,9 @@ def _fragment(figure: Figure) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img">', text, count=1)
+    text = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img">', text, count=1
+    )
     for color, variable in VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     return text

@@ -145,7 +145,12 @@ class Group:
 
     @property
     def label(self) -> str:
-        parts = [f"batch {self.batch}", f"{self.threads} thread{'' if self.threads == 1 else 's'}", f"{self.size} × {self.size}", self.dtype]
+        parts = [
+            f"batch {self.batch}",
+            f"{self.threads} thread{'' if self.threads == 1 else 's'}",
+            f"{self.size} × {self.size}",
+            self.dtype,
+        ]
         return ", ".join(parts)
 
     @property
@@ -256,7 +261,9 @@ class View:
                     rows.setdefault((engine, reason), []).append(f"{cell.name} ({group.label})")
         total = len(self.cells)
         return [
-            dict(engine=engine, reason=reason, where="every cell" if len(rows[engine, reason]) == total else "; ".join(rows[engine, reason]))
+            dict(
+                engine=engine, reason=reason, where="every cell" if len(rows[engine, reason]) == total else "; ".join(rows[engine, reason])
+            )
             for wanted in in_order(engine for engine, _ in rows)
             for engine, reason in rows
             if engine == wanted
