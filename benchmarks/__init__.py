@@ -1,1 +1,1 @@
-"""fastconv as a benchmark suite: operators, whole networks beside other engines, and the report."""
+"""The benchmark suite: fastconv beside every engine that a user could pick instead."""

@@ -1,29 +1,32 @@
-"""A run's document as tables in the terminal, PNG charts and one self-contained HTML page."""
+"""From the benchmark document (JSON, `schema: 1`) to what people look at: terminal tables, PNG charts, one self-contained HTML page.
 
-import json
+view.py decides what is said (verdicts, order, digits); tables.py, charts.py and page.py only draw it.
+"""
+
 from pathlib import Path
 from typing import Any
 
-from fastconv.benchmarks.report.charts import charts
-from fastconv.benchmarks.report.page import page
-from fastconv.benchmarks.report.terminal import print_comparison, print_tables
+from fastconv.benchmarks.report.tables import print_tables
+from fastconv.benchmarks.report.view import View
 
-__all__ = ["print_comparison", "print_tables", "write"]
+__all__ = ["View", "print_tables", "write"]
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes run.json, a PNG per chart and report.html into `folder`, made if need be; returns their paths.
+    """Write the charts (PNG) and report.html of `document` into `folder`, which is made if it is missing; returns their paths.
 
-    Raises OSError where the folder cannot be written, ImportError without matplotlib or jinja2.
+    The document's sections may be null, empty or absent. Raises ValueError if it is no such document, ImportError without matplotlib
+    or jinja2.
     """
+    from fastconv.benchmarks.report import charts, page
+
+    view = View(document)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "run.json"]
-    written[0].write_text(json.dumps(document, indent=1) + "\n")
-    figures = charts(document)
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=130)
-        written.append(path)
-    path = folder / "report.html"
-    path.write_text(page(document, figures))
-    return [*written, path]
+    paths = []
+    for name, figure in charts.figures(view):
+        paths.append(folder / f"{name}.png")
+        charts.save(figure, paths[-1])
+    paths.append(folder / "report.html")
+    paths[-1].write_text(page.render(view), encoding="utf-8")
+    return paths

@@ -1,42 +1,46 @@
-"""The HTML page: one file, no outside resource."""
+"""The document as one self-contained HTML page: no script, font, image or style comes from elsewhere."""
 
-import base64
-import io
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
 
-from fastconv.benchmarks.networks import headline
-from fastconv.benchmarks.report import text
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastconv.benchmarks.report import charts
+from fastconv.benchmarks.report.tables import COSTS
+from fastconv.benchmarks.report.view import AXES, View, count, engine_name, megabytes, network_name, number, significant
 
 
-def page(document: dict[str, Any], figures: dict[str, Any]) -> str:
-    """The report as HTML text, charts embedded. figures: matplotlib's, by name, as `charts` gives them."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(title=text.title, bytes=text.bytes_of)
-    missing: dict[tuple[str, str], list[str]] = {}
-    for cell in document["cells"]:
-        for engine, why in cell["missing"].items():
-            missing.setdefault((engine, why), []).append(f"{cell['network']} batch {cell['batch']}")
-    return environment.get_template("page.html").render(
-        document=document,
-        machine=document["machine"],
-        noise=document["noise"],
-        quiet=document["noise"]["quiet"],
-        headline=headline(document["cells"]),
-        groups=text.groups(document["cells"]),
-        present=text.present,
-        outcome=text.outcome,
-        milliseconds=text.milliseconds,
-        times=text.times,
-        missing=missing,
-        images={name: _embedded(figure) for name, figure in figures.items()},
+def render(view: View) -> str:
+    """The page's text. Whatever the document says is escaped; only our own charts are put in as markup."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters.update(engine=engine_name, network=network_name, count=count, megabytes=megabytes, number=number)
+    environment.filters["sig"] = lambda value, digits=3: "–" if number(value) is None else significant(number(value), digits)
+    environment.filters["percent"] = lambda value: "–" if number(value) is None else f"{number(value):.0f}%"
+    return environment.get_template("page.html.jinja").render(
+        view=view,
+        bars=[(group, _panels(charts.bar_panels(view, group), group.slug)) for group in view.groups],
+        roofline=_panels(charts.roofline_panels(view), "roofline"),
+        roofline_key=_legend(charts.op_keys(view), "ops"),
+        roofs=charts.roofs(view),
+        scaling=[
+            (
+                AXES.get(axis, (axis,))[0],
+                _panels(charts.scaling_panels(view, axis), f"scaling-{axis}"),
+                _legend(charts.engine_keys(charts.scaling_engines(view, axis)), f"key-{axis}"),
+            )
+            for axis in view.scaling
+        ],
+        costs=[(key, heading, write) for key, (heading, write) in COSTS.items() if view.has(key)],
     )
 
 
-def _embedded(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _panels(draws: list[charts.Draw], name: str) -> list[Markup]:
+    return [Markup(charts.svg(draw, f"{name}-{index}")) for index, draw in enumerate(draws)]
+
+
+def _legend(keys: list, name: str) -> Markup | None:
+    return Markup(charts.legend(keys, name)) if keys else None

@@ -3,6 +3,7 @@
 import click
 
 from fastconv.cli.bench import bench
+from fastconv.cli.claims import claims
 from fastconv.cli.classify import classify
 from fastconv.cli.demo import demo
 from fastconv.cli.doctor import doctor
@@ -17,5 +18,5 @@ def main() -> None:
     """SqueezeNet and MobileNet at the hardware's speed, inside PyTorch."""
 
 
-for command in (demo, classify, bench, profile, explain, doctor):
+for command in (demo, classify, bench, claims, explain, doctor):
     main.add_command(command)
