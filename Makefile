@@ -9,7 +9,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu bench-ops bench-pointwise lint format wheel clean
+.PHONY: help demo test gpu peers bench-ops bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ test: $(VENV)/.built  ## every test but the slow ones (ARGS="-k pointwise", ARGS
 
 bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+peers: $(VENV)/.peers  ## six networks in all nine engines, batch 1 and 16: tables, JSON, charts, a page (ARGS="--nets mobilenet_v2")
+	$(BIN)/fastconv bench --engines all --batch 1,16 --cold --layers --scaling --claims --out out/peers $(ARGS)
 
 bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape and ISA
 	$(BIN)/python benchmarks/peak_pointwise.py $(ARGS)
@@ -62,6 +65,12 @@ $(VENV)/.installed: $(VENV)/.created requirements/constraints.txt requirements/t
 $(VENV)/.built: $(VENV)/.installed $(EXTENSION)
 	@$(BIN)/python requirements/check.py
 	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# What the peers' own requirements would replace (torch) or hold back (protobuf) is installed without asking them.
+$(VENV)/.peers: $(VENV)/.built requirements/peers.txt requirements/peers-no-deps.txt
+	$(PIP) install $(PINS) -r requirements/peers.txt
+	$(PIP) install $(PINS) --no-deps -r requirements/peers-no-deps.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created requirements/constraints.txt requirements/dev.txt

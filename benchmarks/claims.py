@@ -168,7 +168,7 @@ def measure(rounds: int = 5, timing: Timing | None = None, size: int = 224, tick
     the command line's. Needs about 1 GB of memory, since all networks are held at once.
     """
     import fastconv
-    from fastconv.cli.timing import interleave
+    from fastconv.benchmarks.measure import interleave
 
     torch.manual_seed(0)
     x = torch.randn(1, 3, size, size)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 CONTROL = "eager_channels_last"  # measured in both runs, it takes the difference of two machines, or of one machine's moods, out
 
 
@@ -41,3 +44,16 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[
 
 def _key(cell: dict[str, Any]) -> tuple:
     return tuple(cell[key] for key in ("network", "batch", "size", "threads", "dtype"))
+
+
+def print_table(rows: list[dict[str, Any]], threshold: float, console: Console) -> None:
+    """What `compare` found."""
+    table = Table(title=f"against the recorded run; a change above {1 + threshold:.2f} fails", title_justify="left")
+    for heading in ("network", "batch", "threads", "then ms", "now ms", "change", ""):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for row in rows:
+        verdict = "[red]slower[/]" if row["slower"] else ""
+        note = verdict if row["controlled"] else f"{verdict} (no common control)"
+        cells = (str(row["batch"]), str(row["threads"]), f"{row['old_ms']:.2f}", f"{row['new_ms']:.2f}", f"{row['change']:.2f}")
+        table.add_row(row["network"], *cells, note)
+    console.print(table)

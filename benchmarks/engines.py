@@ -152,10 +152,11 @@ def openvino(request: Request) -> Call:
 def xnnpack(request: Request) -> Call:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    if request.threads < len(os.sched_getaffinity(0)):
-        raise RuntimeError("ExecuTorch's pool takes every core of the process whatever is asked: run with --pin for one thread")
+    if portable_lib._threadpool_get_thread_count() != request.threads:
+        portable_lib._unsafe_reset_threadpool(request.threads)  # safe while no method is loaded, so none of another cell may be left
     path = request.saved(request.file(".pte"))
     if not path.exists():
         exported = torch.export.export(request.model, (request.x,))

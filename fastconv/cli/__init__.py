@@ -18,5 +18,5 @@ def main() -> None:
     """SqueezeNet and MobileNet at the hardware's speed, inside PyTorch."""
 
 
-for command in (demo, classify, bench, claims, explain, doctor):
+for command in (demo, classify, bench, claims, profile, explain, doctor):
     main.add_command(command)

@@ -35,7 +35,7 @@ def _numbers(_context: click.Context, option: click.Parameter, value: str | None
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Timing rounds per cell.")
 @click.option("--pin", is_flag=True, help="Pin the process to its first core: one thread for engines that take every core they see.")
-@click.option("--cold", is_flag=True, help="Also first result and memory of each engine, each in a process of its own.")
+@click.option("--cold", is_flag=True, help="Also each engine's first result and memory at the smallest batch, in fresh processes.")
 @click.option("--layers", is_flag=True, help="Also the time of every layer, under the machine's measured roofs.")
 @click.option("--scaling", is_flag=True, help="Also times against batch, threads and resolution.")
 @click.option("--claims", is_flag=True, help="Also the papers' claims as numbers.")
@@ -121,7 +121,7 @@ def bench(
                                 chosen=wanted,
                                 rounds=rounds,
                                 folder=cache,
-                                cold=cold,
+                                cold=cold and batch == min(batches),
                                 device=device,
                                 tick=lambda: bar.advance(task),
                             )
@@ -132,7 +132,7 @@ def bench(
     finally:
         torch.set_num_threads(before)
     if path != "-":
-        from fastconv.benchmarks.report.terminal import print_tables
+        from fastconv.benchmarks.report import print_tables
 
         print_tables(document, Console(width=None if Console().is_terminal else 200))
     if path:
@@ -166,7 +166,7 @@ def _more(document: dict[str, Any], names: list[str], threads: int, cache: Path,
     if scaling:
         from fastconv.benchmarks.networks import scaling as measured
 
-        document["scaling"] = measured(names, [1, 2, 4, 8, 16, 32], list(range(1, threads + 1)), cache)
+        document["scaling"] = measured(names, [1, 4, 16], list(range(1, threads + 1)), cache)
     if claims:
         from fastconv.benchmarks import claims as papers
 
@@ -194,7 +194,10 @@ def _write(document: dict[str, Any], folder: Path) -> None:
     except ImportError as problem:
         raise click.ClickException(f"--out needs matplotlib and jinja2 ({problem}): pip install matplotlib jinja2") from None
     try:
-        for path in report.write(document, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        run = folder / "run.json"
+        run.write_text(json.dumps(document, indent=1) + "\n")
+        for path in (run, *report.write(document, folder)):
             click.echo(f"wrote {path}", err=True)
     except OSError as problem:
         raise click.ClickException(f"--out: cannot write {folder} ({problem})") from None
@@ -204,14 +207,13 @@ def _judge(old: dict[str, Any], new: dict[str, Any], threshold: float, err: bool
     """Prints what changed; fails where something is slower."""
     from rich.console import Console
 
-    from fastconv.benchmarks.compare import compare
-    from fastconv.benchmarks.report.terminal import print_comparison
+    from fastconv.benchmarks.compare import compare, print_table
 
     try:
         rows = compare(old, new, threshold)
     except ValueError as problem:
         raise click.ClickException(str(problem)) from None
-    print_comparison(rows, threshold, Console(stderr=err, width=None if Console().is_terminal else 120))
+    print_table(rows, threshold, Console(stderr=err, width=None if Console().is_terminal else 120))
     slower = [f"{row['network']} batch {row['batch']} ({row['change']:.2f}x)" for row in rows if row["slower"]]
     if slower:
         raise click.ClickException(f"slower than the recorded run: {', '.join(slower)}")
