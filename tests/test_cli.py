@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastconv
-from fastconv.cli import machine, main, networks, timing
+from fastconv.benchmarks import measure
+from fastconv.cli import machine, main, networks
 
 
 def invoke(*arguments: str, code: int = 0):
@@ -46,7 +47,7 @@ def checkpoint(tmp_path):
 
 def test_help_lists_every_command():
     output = invoke("--help").output
-    for command in ("demo", "classify", "bench", "explain", "doctor"):
+    for command in ("demo", "classify", "bench", "claims", "profile", "explain", "doctor"):
         assert f"\n  {command} " in output
         invoke(command, "--help")
 
@@ -135,14 +136,14 @@ def test_every_engine_takes_its_turn_in_every_round():
     calls = []
     runs = {name: lambda name=name: calls.append(name) or sum(range(20000)) for name in ("eager", "eager_channels_last", "fastconv")}
     ticks = []
-    samples = timing.interleave(runs, 4, lambda: ticks.append(1))
+    samples = measure.interleave(runs, 4, lambda: ticks.append(1))
     assert len(ticks) == 4
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(runs, 4)
     assert all(time > 0 for times in samples.values() for time in times)
 
 
 def test_a_speed_up_is_the_median_of_the_rounds_ratios():
-    summary = timing.summarise({"eager": [2.0, 40.0, 9.0], "fastconv": [1.0, 10.0, 3.0]})
+    summary = measure.summarise({"eager": [2.0, 40.0, 9.0], "fastconv": [1.0, 10.0, 3.0]})
     assert summary["speedup"] == {"eager": 3.0}
     assert summary["median_ms"] == {"eager": 9.0, "fastconv": 3.0}
 
@@ -150,9 +151,9 @@ def test_a_speed_up_is_the_median_of_the_rounds_ratios():
 def test_relative_error_is_the_worst_rows_and_a_nan_is_infinite():
     theirs = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     ours = theirs + torch.tensor([[0.0, 0.0], [0.0, 1e-3]])
-    assert timing.relative_error(ours, theirs) == pytest.approx(1e-3)
+    assert measure.relative_error(ours, theirs) == pytest.approx(1e-3)
     ours[0, 0] = torch.nan
-    assert timing.relative_error(ours, theirs) == float("inf")
+    assert measure.relative_error(ours, theirs) == float("inf")
 
 
 def test_demo_measures_classifies_and_draws(tmp_path):
@@ -240,11 +241,10 @@ def test_bench_writes_json(tmp_path):
         torch.set_num_threads(threads)
     document = json.loads(path.read_text())
     assert document.keys() == alone.keys()
-    assert document["batch"] == 2
-    assert document["machine"]["threads"] == 1
-    [result] = document["results"]
-    assert result["error"] <= 1e-5
-    assert len(result["samples_ms"]["fastconv"]) == 2
+    [cell] = document["cells"]
+    assert (cell["batch"], cell["size"], cell["threads"]) == (2, 64, 1)
+    assert cell["engines"]["fastconv"]["relative_error"] <= 1e-5
+    assert len(cell["engines"]["fastconv"]["samples_ms"]) == 2
 
 
 def test_doctor_reports_what_is_in_use(monkeypatch):
