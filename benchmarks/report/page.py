@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from fastconv.benchmarks.report import charts
@@ -14,9 +14,7 @@ from fastconv.benchmarks.report.view import AXES, View, count, engine_name, mega
 
 def render(view: View) -> str:
     """The page's text. Whatever the document says is escaped; only our own charts are put in as markup."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(engine=engine_name, network=network_name, count=count, megabytes=megabytes, number=number)
     environment.filters["sig"] = lambda value, digits=3: "–" if number(value) is None else significant(number(value), digits)
     environment.filters["percent"] = lambda value: "–" if number(value) is None else f"{number(value):.0f}%"
