@@ -155,18 +155,8 @@ def roofline(axes: Any, view: View, name: str, rows: list[dict[str, Any]]) -> No
         axes.plot([low, end], [low * bandwidth, end * bandwidth], color=MUTED, linewidth=1, zorder=2)
         start = max(low, bottom / bandwidth) * 1.08
         place = (start, start * bandwidth)
-        axes.annotate(
-            level,
-            place,
-            (2, 1),
-            textcoords="offset points",
-            fontsize=7,
-            color=MUTED,
-            rotation=0,
-            ha="left",
-            va="bottom",
-            annotation_clip=True,
-        )
+        paper = dict(facecolor=PAPER, edgecolor="none", pad=1)  # the line stops for its name
+        axes.annotate(level, place, fontsize=7, color=MUTED, ha="left", va="center", bbox=paper, annotation_clip=True)
     for key, value in peaks.items():
         used = value == peak
         axes.axhline(value, color=MUTED if used else GRID, linewidth=1.3 if used else 0.9, zorder=2)
@@ -180,6 +170,7 @@ def roofline(axes: Any, view: View, name: str, rows: list[dict[str, Any]]) -> No
         axes.scatter(x, y, s=sizes, alpha=0.8, linewidths=0.4, edgecolors=PAPER, zorder=4, **op_style(op))
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top * 1.9))
     plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -262,9 +253,14 @@ def grid(view: View, title: str, panels: list[Draw], keys: list[Line2D]) -> Figu
             draw(place)
         for place in axes[len(panels) :]:
             place.set_axis_off()
-        if keys:
-            figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 3 * columns))
-        figure.supxlabel(_caption(view), x=0.012, ha="left", fontsize=8, color=MUTED)
+        if keys:  # the caption is the key's title, so that neither lies on the other
+            columns = min(len(keys), 3 * columns)
+            key = figure.legend(
+                handles=keys, loc="outside lower left", ncols=columns, title=_caption(view), title_fontsize=8, alignment="left"
+            )
+            key.get_title().set_color(MUTED)
+        else:
+            figure.supxlabel(_caption(view), x=0.012, ha="left", fontsize=8, color=MUTED)
     return figure
 
 
