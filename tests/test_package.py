@@ -101,13 +101,13 @@ def test_the_installed_metadata_names_the_extras_and_the_command():
 def test_every_package_folder_is_shipped():
     """A new sub-package that pyproject.toml does not list would work in a checkout and be missing from the wheel."""
     listed = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL).group(1)))
-    folders = {"fastconv", "fastconv.kernels", "fastconv.kernels.gpu"}
+    folders = {"fastconv", "fastconv.kernels", "fastconv.kernels.gpu", "fastconv.benchmarks", "fastconv.benchmarks.report"}
     folders |= {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "fastconv").rglob("__init__.py")}
     assert listed == folders
 
 
 def test_the_sdist_has_what_a_build_and_a_reader_need(sdist):
-    tracked = ["fastconv/**/*.py", "fastconv/schemas.inc", "csrc/*", "kernels/cpu/*", "kernels/gpu/*.py", "tests/**/*.py", "docs/**/*.md"]
+    tracked = ["fastconv/**/*.py", "fastconv/schemas.inc", "csrc/*", "kernels/cpu/*", "kernels/gpu/*.py", "benchmarks/**/*.py", "tests/**/*.py", "docs/**/*.md"]
     tracked += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "requirements/*", ".ci/run"]
     files = [file.relative_to(ROOT) for pattern in tracked for file in ROOT.glob(pattern) if file.is_file()]
     assert len(files) > 50
