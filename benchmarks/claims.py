@@ -233,7 +233,7 @@ def claims(rows: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
          SQUEEZENET),
         ("1.1 in place of 1.0: smaller stem, earlier pools", "2.4x less computation",
          f"{times('multiply_adds', 'squeezenet1_0', 'squeezenet1_1')} fewer multiply-adds, {_speed(one, early)}; "
-         "cited top-1 58.09 and 58.18",
+         "cited top-1 58.09, 58.18",
          "torchvision"),
         ("late downsampling: 1.1 with pools where 1.0 has them", "higher accuracy, all else equal",
          f"costs {late['multiply_adds'] / early['multiply_adds']:.2f}x the multiply-adds, "

@@ -107,7 +107,16 @@ def test_every_package_folder_is_shipped():
 
 
 def test_the_sdist_has_what_a_build_and_a_reader_need(sdist):
-    tracked = ["fastconv/**/*.py", "fastconv/schemas.inc", "csrc/*", "kernels/cpu/*", "kernels/gpu/*.py", "benchmarks/**/*.py", "tests/**/*.py", "docs/**/*.md"]
+    tracked = [
+        "fastconv/**/*.py",
+        "fastconv/schemas.inc",
+        "csrc/*",
+        "kernels/cpu/*",
+        "kernels/gpu/*.py",
+        "benchmarks/**/*.py",
+        "tests/**/*.py",
+        "docs/**/*.md",
+    ]
     tracked += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "requirements/*", ".ci/run"]
     files = [file.relative_to(ROOT) for pattern in tracked for file in ROOT.glob(pattern) if file.is_file()]
     assert len(files) > 50

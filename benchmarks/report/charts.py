@@ -127,10 +127,22 @@ def bars(axes: Any, view: View, cell: Cell) -> None:
 
 
 def roofs(view: View) -> tuple[dict[str, float], dict[str, float]]:
-    """Multiply-add peaks by ISA (GFLOP/s) and bandwidths by level (GB/s), those that were measured."""
+    """Multiply-add peaks by ISA (GFLOP/s) and bandwidths by level (GB/s), those that were measured, for the threads that the layers ran on.
+
+    Peaks and caches are each core's own and multiply; DRAM is shared.
+    """
+    cores = roof_threads(view) / (number(view.roofline.get("threads")) or 1)
     peaks = {str(isa): number((block or {}).get("fma_gflops")) for isa, block in (view.roofline.get("isa") or {}).items()}
     bandwidths = {str(level): number(value) for level, value in (view.roofline.get("bandwidth_gbs") or {}).items()}
-    return ({k: v for k, v in peaks.items() if v and v > 0}, {k: v for k, v in bandwidths.items() if v and v > 0})
+    return (
+        {isa: peak * cores for isa, peak in peaks.items() if peak and peak > 0},
+        {level: value * (1 if level == "DRAM" else cores) for level, value in bandwidths.items() if value and value > 0},
+    )
+
+
+def roof_threads(view: View) -> float:
+    """Threads that the layers ran on; those of the roofs where the rows do not say."""
+    return max((number(row.get("threads")) or 0 for row in view.layers), default=0) or number(view.roofline.get("threads")) or 1
 
 
 def placed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,7 +170,9 @@ def roofline(axes: Any, view: View, name: str, rows: list[dict[str, Any]]) -> No
         paper = dict(facecolor=PAPER, edgecolor="none", pad=1)  # the line stops for its name
         axes.annotate(level, place, fontsize=7, color=MUTED, ha="left", va="center", bbox=paper, annotation_clip=True)
     for key, value in peaks.items():
-        used = value == peak
+        used = key == isa
+        if not used and abs(value / peak - 1) < 0.1:  # its line and name would cover the other's
+            continue
         axes.axhline(value, color=MUTED if used else GRID, linewidth=1.3 if used else 0.9, zorder=2)
         axes.annotate(
             f"{key} {value:.0f}", (high, value), (-3, 2), textcoords="offset points", fontsize=7, color=MUTED, ha="right", va="bottom"

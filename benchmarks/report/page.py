@@ -24,6 +24,7 @@ def render(view: View) -> str:
         roofline=_panels(charts.roofline_panels(view), "roofline"),
         roofline_key=_legend(charts.op_keys(view), "ops"),
         roofs=charts.roofs(view),
+        roof_threads=charts.roof_threads(view),
         scaling=[
             (
                 AXES.get(axis, (axis,))[0],

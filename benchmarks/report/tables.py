@@ -87,7 +87,7 @@ def _costs(view: View, key: str, heading: str, write: Any) -> Table:
     for group in view.groups:
         for cell in group.cells:
             values = [cell.value(engine, key) for engine in engines]
-            if any(value is not None for value in values):
+            if cell.measured(key):
                 name = Text(f"{cell.name}, batch {group.batch}, {group.threads} thr")
                 grid.add_row(name, *("–" if value is None else write(value) for value in values))
     return grid

@@ -132,6 +132,9 @@ class Cell:
     def value(self, engine: str, key: str) -> float | None:
         return number(self.engines.get(engine, {}).get(key))
 
+    def measured(self, key: str) -> bool:
+        return any(self.value(engine, key) is not None for engine in self.engines)
+
 
 @dataclass(frozen=True)
 class Group:
