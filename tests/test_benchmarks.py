@@ -110,7 +110,7 @@ def test_a_missing_peer_is_named_with_what_installs_it(tmp_path, monkeypatch):
 
 def test_an_unknown_engine_lists_the_known_ones():
     result = bench("--engines", "tensorflow", code=2)
-    assert "unknown engine tensorflow; engines: fastconv, eager" in result.stderr
+    assert "unknown engine 'tensorflow'; engines: fastconv, eager" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--batch", "0"), ("--batch", "two"), ("--threads", ","), ("--batch", "1,-4")])
