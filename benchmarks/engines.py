@@ -119,12 +119,13 @@ def fastconv(request: Request) -> Call:
 def _onnx(request: Request) -> Path:
     path = request.file(".onnx")
     if not path.exists():
+        import onnx  # noqa: F401 - the exporter needs it; once the file is there, nobody does
+
         torch.onnx.export(request.model, (request.x,), path, dynamo=False, input_names=["x"], output_names=["y"], opset_version=17)
     return path
 
 
 def onnxruntime(request: Request) -> Call:
-    import onnx  # noqa: F401 - the exporter needs it
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -135,7 +136,6 @@ def onnxruntime(request: Request) -> Call:
 
 
 def openvino(request: Request) -> Call:
-    import onnx  # noqa: F401
     import openvino
 
     options = {
@@ -150,8 +150,6 @@ def openvino(request: Request) -> Call:
 
 
 def xnnpack(request: Request) -> Call:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
@@ -159,6 +157,9 @@ def xnnpack(request: Request) -> Call:
         portable_lib._unsafe_reset_threadpool(request.threads)  # safe while no method is loaded, so none of another cell may be left
     path = request.saved(request.file(".pte"))
     if not path.exists():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
         exported = torch.export.export(request.model, (request.x,))
         path.write_bytes(to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
     method = Runtime.get().load_program(path).load_method("forward")
@@ -168,11 +169,12 @@ def xnnpack(request: Request) -> Call:
 def ncnn(request: Request) -> Call:
     import ncnn
     import numpy as np
-    import pnnx  # noqa: F401 - its command converts
 
     stem = request.file("", batch=False)
     parameters, weights = (request.saved(stem.with_name(f"{stem.name}.ncnn.{suffix}")) for suffix in ("param", "bin"))
     if not parameters.exists():
+        import pnnx  # noqa: F401 - its command converts
+
         torch.jit.trace(request.model, request.x[:1]).save(f"{stem}.trace")
         shape = str(list(request.x[:1].shape)).replace(" ", "")
         command = [_tool("pnnx"), f"{stem.name}.trace", f"inputshape={shape}", "fp16=0"]
@@ -206,7 +208,6 @@ def mnn(request: Request) -> Call:
     import MNN.expr
     import MNN.nn
     import numpy as np
-    import onnx  # noqa: F401
 
     path = request.saved(request.file(".mnn"))
     if not path.exists():

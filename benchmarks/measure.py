@@ -17,8 +17,8 @@ import torch
 
 SAMPLE_SECONDS = 0.02
 SETTLE_SECONDS = 0.15
-# A machine is called noisy from here on, in percent.
-STEAL, NEIGHBOUR, SPREAD = 1.0, 3.0, 8.0
+# A machine is called noisy from here on, in percent: of all cores' time, of one core, of the median.
+STEAL, NEIGHBOUR, SPREAD = 1.0, 10.0, 8.0
 
 
 def settle() -> None:
@@ -113,14 +113,14 @@ class Noise:
         capacity = self.elapsed * (os.cpu_count() or 1)
         figures = {
             "steal_percent": 100 * steal / capacity,
-            "neighbour_percent": max(0.0, 100 * (busy - own) / capacity),
+            "neighbour_percent": max(0.0, 100 * (busy - own) / self.elapsed),
             "spread_percent": 100 * statistics.median(spreads) if spreads else 0.0,
         }
         reasons = []
         if figures["steal_percent"] > STEAL:
             reasons.append(f"the hypervisor took {figures['steal_percent']:.1f}% of the cores' time")
         if figures["neighbour_percent"] > NEIGHBOUR:
-            reasons.append(f"other processes took {figures['neighbour_percent']:.1f}% of the cores' time")
+            reasons.append(f"other processes took {figures['neighbour_percent']:.0f}% of a core")
         if figures["spread_percent"] > SPREAD:
             reasons.append(f"half of fastconv's samples lie {figures['spread_percent']:.0f}% of the median or more apart")
         return {**figures, "quiet": not reasons, "reasons": reasons}

@@ -186,7 +186,7 @@ def test_a_spinning_neighbour_is_detected():
         process.kill()
         process.join()
     verdict = noise.verdict([])
-    assert verdict["neighbour_percent"] > 50 / (os.cpu_count() or 1)
+    assert verdict["neighbour_percent"] > 50
     assert not verdict["quiet"]
     assert any("other processes took" in reason for reason in verdict["reasons"])
 

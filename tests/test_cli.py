@@ -235,7 +235,7 @@ def test_bench_writes_json(tmp_path):
     arguments = ("bench", "--nets", "squeezenet1_1", "--batch", "2", "--size", "64", "--rounds", "2", "--threads", "1")
     threads = torch.get_num_threads()
     try:
-        assert "squeezenet1_1" in invoke(*arguments, "--json", str(path)).output
+        assert "SqueezeNet 1.1" in invoke(*arguments, "--json", str(path)).output
         alone = json.loads(invoke(*arguments, "--json", "-").stdout)
     finally:
         torch.set_num_threads(threads)

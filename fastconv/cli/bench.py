@@ -43,7 +43,7 @@ def _numbers(_context: click.Context, option: click.Parameter, value: str | None
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("~/.cache/fastconv-peers"),
+    default=CACHE,
     show_default=True,
     help="Converted models.",
 )
