@@ -1,24 +1,45 @@
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
 namespace {
 
-Tensor run(const char* op, const Tensor& x, const Tensor& taps, const Tensor& bias, const Ints& stride, const Ints& padding,
-           Activation activation, Output output) {
-  const Image in(x);
-  const int64_t kernel = taps.size(0) == 9 ? 3 : 5;
-  const int64_t out_height = output_size(op, "height", in.h, kernel, stride[0], padding[0]);
-  const int64_t out_width = output_size(op, "width", in.w, kernel, stride[1], padding[1]);
-  Result out(in.n, in.c, out_height, out_width, x, output);
-  const Depthwise image{in.data,    in.c,      in.w * in.c,     in.h,       in.h,       in.w,       in.c,       out_width,
-                        kernel,     stride[0], stride[1],       padding[0], padding[1], data(taps), data(bias), activation,
-                        out.data(), in.c,      out_width * in.c};
-  run_depthwise(image, in.n, out_height, parallel());
-  return out.done();
-}
+class DepthwiseStep : public Step {
+ public:
+  DepthwiseStep(Tensor taps, Tensor bias, Ints stride, Ints padding, Activation activation)
+      : taps_(std::move(taps)), bias_(std::move(bias)), stride_(std::move(stride)), padding_(std::move(padding)), activation_(activation) {
+    check(taps_.dim() == 2, op(), "taps must be (K * K, C), got ", shape_of{taps_});
+    check_taps(op(), taps_, bias_, taps_.size(1), stride_, padding_);
+    kernel_ = taps_.size(0) == 9 ? 3 : 5;
+  }
+  const char* op() const override { return "depthwise"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, taps_.size(1));
+    return {in.n, in.c, output_size(op(), "height", in.h, kernel_, stride_[0], padding_[0]),
+            output_size(op(), "width", in.w, kernel_, stride_[1], padding_[1])};
+  }
+  int64_t multiply_adds(const Shape&, const Shape& out) const override { return kernel_ * kernel_ * out.n * out.image(); }
+  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const Shape& in = x.shape;
+    const Depthwise image{x.data,  in.c,       in.w * in.c, in.h,        in.h,        in.w,        in.c,        shape.w,
+                          kernel_, stride_[0], stride_[1],  padding_[0], padding_[1], data(taps_), data(bias_), activation_,
+                          out,     in.c,       shape.w * in.c};
+    run_depthwise(image, in.n, shape.h, parallel);
+  }
+
+ private:
+  Tensor taps_, bias_;
+  Ints stride_, padding_;
+  Activation activation_;
+  int64_t kernel_;
+};
 
 }  // namespace
+
+StepPointer depthwise_step(Tensor taps, Tensor bias, Ints stride, Ints padding, Activation activation) {
+  return std::make_unique<DepthwiseStep>(std::move(taps), std::move(bias), std::move(stride), std::move(padding), activation);
+}
 
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding) {
   return stride[1] <= 2 && padding[0] < kernel && padding[1] < kernel;
@@ -36,16 +57,13 @@ Tensor depthwise(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
   if (!covered(op, x) || !depthwise_covers(weight.size(2), stride, padding))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, x.size(1), activation), x);
-  return run(op, x, pack_taps(weight), bias_or_zeros(bias, x.size(1)), stride, padding, parsed, Output::like_input);
+  return run_step(DepthwiseStep(pack_taps(weight), bias_or_zeros(bias, x.size(1)), stride, padding, parsed), x, std::nullopt,
+                  Output::like_input);
 }
 
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation) {
-  const char* op = "depthwise";
-  check_packed_image(op, x);
-  check(taps.dim() == 2, op, "taps must be (K * K, C), got ", shape_of{taps});
-  check_channels(op, x, taps.size(1));
-  check_taps(op, taps, bias, x.size(1), stride, padding);
-  return run(op, x, taps, bias, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
+  return run_step(DepthwiseStep(taps, bias, stride, padding, parse_activation("depthwise", "activation", activation)), x, std::nullopt,
+                  Output::channels_last);
 }
 
 }  // namespace fastconv

@@ -1,5 +1,6 @@
 // fire_expand and fire: both expands write their slices of the concatenated output.
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
@@ -11,8 +12,8 @@ void check_expand3x3(const char* op, const Tensor& weight, int64_t squeezed, con
   check_like(op, "weight3x3", weight, x);
 }
 
-void check_some_pixels(const char* op, const Tensor& x) {
-  check(x.size(2) > 0 && x.size(3) > 0, op, "x has no output pixels: ", shape_of{x});
+void check_some_pixels(const char* op, const Shape& x) {
+  check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x);
 }
 
 Tensor aten_expand(const Tensor& x, const Tensor& weight1x1, const OptionalTensor& bias1x1, const Tensor& weight3x3,
@@ -21,71 +22,96 @@ Tensor aten_expand(const Tensor& x, const Tensor& weight1x1, const OptionalTenso
                             aten::conv_act(x, weight3x3, bias3x3, {1, 1}, {1, 1}, 1, "relu"));
 }
 
-Tensor run_expand(const char* op, const Tensor& x, const Tensor& panels1x1, const Tensor& bias1x1, const Tensor& panels3x3,
-                  const Tensor& bias3x3, Output output) {
-  check_packed_image(op, x);
-  check(panels1x1.dim() == 3, op, "panels1x1 must be (G, Cin, 16), got ", shape_of{panels1x1});
-  check_channels(op, x, panels1x1.size(1));
-  check_some_pixels(op, x);
-  const int64_t out1 = check_panels(op, "panels1x1", panels1x1, bias1x1, x.size(1)),
-                out3 = check_panels(op, "panels3x3", panels3x3, bias3x3, x.size(1) * 9);
-  const Image in(x);
-  Result out(in.n, out1 + out3, in.h, in.w, x, output);
-  const Tensor zero = zeros(in.c);
-  const int64_t stride = out1 + out3;
-  run_pointwise(Pointwise{in.data, in.c, in.c, out1, data(panels1x1), {data(bias1x1), nullptr, 0, Activation::relu}, out.data(), stride},
-                in.n * in.h * in.w, parallel());
-  const Conv image{in.data,
-                   in.c,
-                   in.h,
-                   in.w,
-                   in.c,
-                   out3,
-                   in.h,
-                   in.w,
-                   3,
-                   3,
-                   1,
-                   1,
-                   1,
-                   1,
-                   data(panels3x3),
-                   data(zero),
-                   {data(bias3x3), nullptr, 0, Activation::relu},
-                   out.data() + out1,
-                   stride};
-  run_conv(image, in.n, parallel());
-  return out.done();
-}
+class FireExpandStep : public Step {
+ public:
+  FireExpandStep(Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3)
+      : panels1x1_(std::move(panels1x1)), bias1x1_(std::move(bias1x1)), panels3x3_(std::move(panels3x3)), bias3x3_(std::move(bias3x3)) {
+    check(panels1x1_.dim() == 3, op(), "panels1x1 must be (G, Cin, 16), got ", shape_of{panels1x1_});
+    in_channels_ = panels1x1_.size(1);
+    out1_ = check_panels(op(), "panels1x1", panels1x1_, bias1x1_, in_channels_);
+    out3_ = check_panels(op(), "panels3x3", panels3x3_, bias3x3_, in_channels_ * 9);
+    zeros_ = zeros(in_channels_);
+  }
+  const char* op() const override { return "fire_expand"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, in_channels_);
+    check_some_pixels(op(), in);
+    return {in.n, out1_ + out3_, in.h, in.w};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape&) const override { return in.n * in.image() * (out1_ + 9 * out3_); }
+  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const auto [n, c, h, w] = x.shape;
+    const int64_t stride = shape.c;
+    run_pointwise(Pointwise{x.data, c, c, out1_, data(panels1x1_), {data(bias1x1_), nullptr, 0, Activation::relu}, out, stride}, n * h * w,
+                  parallel);
+    const Epilogue epilogue{data(bias3x3_), nullptr, 0, Activation::relu};
+    run_conv(Conv{x.data, c, h, w, c, out3_, h, w, 3, 3, 1, 1, 1, 1, data(panels3x3_), data(zeros_), epilogue, out + out1_, stride}, n,
+             parallel);
+  }
 
-Tensor run(const char* op, const Tensor& x, const Tensor& squeeze_panels, const Tensor& squeeze_bias, const Tensor& panels1x1,
-           const Tensor& bias1x1, const Tensor& panels3x3, const Tensor& bias3x3, const OptionalTensor& winograd3x3, Output output) {
-  check_packed_image(op, x);
-  check(squeeze_panels.dim() == 3, op, "squeeze_panels must be (G, Cin, 16), got ", shape_of{squeeze_panels});
-  check_channels(op, x, squeeze_panels.size(1));
-  check_some_pixels(op, x);
-  const int64_t squeezed = check_panels(op, "squeeze_panels", squeeze_panels, squeeze_bias, x.size(1));
-  const int64_t out1 = check_panels(op, "panels1x1", panels1x1, bias1x1, squeezed),
-                out3 = check_panels(op, "panels3x3", panels3x3, bias3x3, squeezed * 9);
-  if (winograd3x3) check_panels(op, "winograd3x3", *winograd3x3, bias3x3, squeezed * 36);
-  const Image in(x);
-  Result out(in.n, out1 + out3, in.h, in.w, x, output);
-  const Fire call{in.data,
-                  in.n,
-                  in.h,
-                  in.w,
-                  {data(squeeze_panels), data(squeeze_bias), in.c, squeezed, Activation::relu},
-                  {data(panels1x1), data(bias1x1), squeezed, out1, Activation::relu},
-                  data(panels3x3),
-                  winograd3x3 ? data(*winograd3x3) : nullptr,
-                  data(bias3x3),
-                  out3,
-                  out.data()};
-  run_fire(call, parallel());
-  return out.done();
-}
+ private:
+  Tensor panels1x1_, bias1x1_, panels3x3_, bias3x3_, zeros_;
+  int64_t in_channels_, out1_, out3_;
+};
+
+class FireStep : public Step {
+ public:
+  FireStep(Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
+           OptionalTensor winograd3x3)
+      : squeeze_panels_(std::move(squeeze_panels)),
+        squeeze_bias_(std::move(squeeze_bias)),
+        panels1x1_(std::move(panels1x1)),
+        bias1x1_(std::move(bias1x1)),
+        panels3x3_(std::move(panels3x3)),
+        bias3x3_(std::move(bias3x3)),
+        winograd3x3_(std::move(winograd3x3)) {
+    check(squeeze_panels_.dim() == 3, op(), "squeeze_panels must be (G, Cin, 16), got ", shape_of{squeeze_panels_});
+    squeezed_ = check_panels(op(), "squeeze_panels", squeeze_panels_, squeeze_bias_, squeeze_panels_.size(1));
+    out1_ = check_panels(op(), "panels1x1", panels1x1_, bias1x1_, squeezed_);
+    out3_ = check_panels(op(), "panels3x3", panels3x3_, bias3x3_, squeezed_ * 9);
+    if (winograd3x3_) check_panels(op(), "winograd3x3", *winograd3x3_, bias3x3_, squeezed_ * 36);
+  }
+  const char* op() const override { return "fire"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, squeeze_panels_.size(1));
+    check_some_pixels(op(), in);
+    return {in.n, out1_ + out3_, in.h, in.w};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape&) const override {
+    return in.n * in.h * in.w * squeezed_ * (in.c + out1_ + 9 * out3_);
+  }
+  void run(const Pixels& x, const float*, float* out, const Shape&, const Parallel& parallel) const override {
+    const auto [n, c, h, w] = x.shape;
+    run_fire({x.data,
+              n,
+              h,
+              w,
+              {data(squeeze_panels_), data(squeeze_bias_), c, squeezed_, Activation::relu},
+              {data(panels1x1_), data(bias1x1_), squeezed_, out1_, Activation::relu},
+              data(panels3x3_),
+              winograd3x3_ ? data(*winograd3x3_) : nullptr,
+              data(bias3x3_),
+              out3_,
+              out},
+             parallel);
+  }
+
+ private:
+  Tensor squeeze_panels_, squeeze_bias_, panels1x1_, bias1x1_, panels3x3_, bias3x3_;
+  OptionalTensor winograd3x3_;
+  int64_t squeezed_, out1_, out3_;
+};
 
 }  // namespace
+
+StepPointer fire_expand_step(Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3) {
+  return std::make_unique<FireExpandStep>(std::move(panels1x1), std::move(bias1x1), std::move(panels3x3), std::move(bias3x3));
+}
+StepPointer fire_step(Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
+                      OptionalTensor winograd3x3) {
+  return std::make_unique<FireStep>(std::move(squeeze_panels), std::move(squeeze_bias), std::move(panels1x1), std::move(bias1x1),
+                                    std::move(panels3x3), std::move(bias3x3), std::move(winograd3x3));
+}
 
 Tensor fire_expand(Tensor x, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3, OptionalTensor bias3x3) {
   const char* op = "fire_expand";
@@ -94,14 +120,15 @@ Tensor fire_expand(Tensor x, Tensor weight1x1, OptionalTensor bias1x1, Tensor we
   check_bias(op, "bias1x1", bias1x1, weight1x1.size(0), x);
   check_expand3x3(op, weight3x3, x.size(1), x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
-  check_some_pixels(op, x);
+  check_some_pixels(op, shape_like(x));
   if (!covered(op, x)) return aten::formatted_like(aten_expand(x, weight1x1, bias1x1, weight3x3, bias3x3), x);
-  return run_expand(op, x, pack_panels(weight1x1), bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3),
-                    bias_or_zeros(bias3x3, weight3x3.size(0)), Output::like_input);
+  return run_step(FireExpandStep(pack_panels(weight1x1), bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3),
+                                 bias_or_zeros(bias3x3, weight3x3.size(0))),
+                  x, std::nullopt, Output::like_input);
 }
 
 Tensor fire_expand_packed(Tensor x, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3) {
-  return run_expand("fire_expand", x, panels1x1, bias1x1, panels3x3, bias3x3, Output::channels_last);
+  return run_step(FireExpandStep(panels1x1, bias1x1, panels3x3, bias3x3), x, std::nullopt, Output::channels_last);
 }
 
 Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
@@ -115,19 +142,21 @@ Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor
   check_bias(op, "bias1x1", bias1x1, weight1x1.size(0), x);
   check_expand3x3(op, weight3x3, squeezed, x);
   check_bias(op, "bias3x3", bias3x3, weight3x3.size(0), x);
-  check_some_pixels(op, x);
+  check_some_pixels(op, shape_like(x));
   if (!covered(op, x)) {
     const Tensor squeeze = aten::conv_act(x, squeeze_weight, squeeze_bias, {1, 1}, {0, 0}, 1, "relu");
     return aten::formatted_like(aten_expand(squeeze, weight1x1, bias1x1, weight3x3, bias3x3), x);
   }
-  return run(op, x, pack_panels(squeeze_weight), bias_or_zeros(squeeze_bias, squeezed), pack_panels(weight1x1),
-             bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)), std::nullopt,
-             Output::like_input);
+  return run_step(FireStep(pack_panels(squeeze_weight), bias_or_zeros(squeeze_bias, squeezed), pack_panels(weight1x1),
+                           bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)),
+                           std::nullopt),
+                  x, std::nullopt, Output::like_input);
 }
 
 Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
                    OptionalTensor winograd3x3) {
-  return run("fire", x, squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3, winograd3x3, Output::channels_last);
+  return run_step(FireStep(squeeze_panels, squeeze_bias, panels1x1, bias1x1, panels3x3, bias3x3, winograd3x3), x, std::nullopt,
+                  Output::channels_last);
 }
 
 }  // namespace fastconv

@@ -1,83 +1,88 @@
 // inverted_residual, and separable: the same block without its expansion.
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
 namespace {
 
-struct Weights {
-  OptionalTensor expand_panels, expand_bias;
-  Tensor taps, depthwise_bias;
-  std::vector<Tensor> squeeze_excite;
-  Tensor project_panels, project_bias;
-};
+class BlockStep : public Step {
+ public:
+  BlockStep(const char* op, BlockWeights weights, BlockActivations activations, Ints stride, Ints padding)
+      : op_(op), weights_(std::move(weights)), stride_(std::move(stride)), padding_(std::move(padding)), activations_(activations) {
+    channels_ = weights_.depthwise_bias.numel();
+    check_taps(op, weights_.taps, weights_.depthwise_bias, channels_, stride_, padding_);
+    in_channels_ = channels_;
+    if (weights_.expand_panels) {
+      const Tensor& panels = *weights_.expand_panels;
+      check(weights_.expand_bias.has_value(), op, "expand_bias must be given with expand_panels");
+      check(panels.dim() == 3, op, "expand_panels must be (G, Cin, 16), got ", shape_of{panels});
+      in_channels_ = panels.size(1);
+      const int64_t expanded = check_panels(op, "expand_panels", panels, *weights_.expand_bias, in_channels_);
+      check(expanded == channels_, op, "expand_panels must give the depthwise convolution's ", channels_, " channels, got ", expanded);
+    }
+    out_channels_ = check_panels(op, "project_panels", weights_.project_panels, weights_.project_bias, channels_);
+    const std::vector<Tensor>& se = weights_.squeeze_excite;
+    if (!se.empty()) {
+      check(se.size() == 4, op, "squeeze_excite must be empty or [reduce_panels, reduce_bias, expand_panels, expand_bias], got ", se.size(),
+            " tensors");
+      reduced_ = check_panels(op, "squeeze_excite[0]", se[0], se[1], channels_);
+      check(check_panels(op, "squeeze_excite[2]", se[2], se[3], reduced_) == channels_, op, "squeeze_excite[2] must give ", channels_,
+            " channels");
+    }
+    kernel_ = weights_.taps.size(0) == 9 ? 3 : 5;
+  }
+  const char* op() const override { return op_; }
+  Shape output(const Shape& in) const override {
+    check_channels(op_, in, in_channels_);
+    return {in.n, out_channels_, output_size(op_, "height", in.h, kernel_, stride_[0], padding_[0]),
+            output_size(op_, "width", in.w, kernel_, stride_[1], padding_[1])};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape& out) const override {
+    const int64_t expand = weights_.expand_panels ? in.h * in.w * in_channels_ : 0;
+    return in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_);
+  }
+  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const bool expands = weights_.expand_panels.has_value(), gates = reduced_ > 0;
+    const std::vector<Tensor>& se = weights_.squeeze_excite;
+    PackedPointwise expand{};
+    SqueezeExcite gate{};
+    if (expands) expand = {data(*weights_.expand_panels), data(*weights_.expand_bias), in_channels_, channels_, activations_.expand};
+    if (gates)
+      gate = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
+              {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
+    run_inverted_residual(
+        {x.data,
+         x.shape.n,
+         x.shape.h,
+         x.shape.w,
+         in_channels_,
+         expands ? &expand : nullptr,
+         data(weights_.taps),
+         data(weights_.depthwise_bias),
+         channels_,
+         kernel_,
+         stride_[0],
+         stride_[1],
+         padding_[0],
+         padding_[1],
+         activations_.depthwise,
+         gates ? &gate : nullptr,
+         {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project},
+         residual,
+         shape.h,
+         shape.w,
+         out},
+        parallel);
+  }
 
-struct Activations {
-  Activation expand, depthwise, squeeze, gate, project;
+ private:
+  const char* op_;
+  BlockWeights weights_;
+  Ints stride_, padding_;
+  BlockActivations activations_;
+  int64_t in_channels_, channels_, out_channels_, kernel_, reduced_ = 0;
 };
-
-Tensor run(const char* op, const Tensor& x, const Weights& weights, const Activations& activations, const OptionalTensor& residual,
-           const Ints& stride, const Ints& padding, Output output) {
-  check_packed_image(op, x);
-  const int64_t channels = weights.depthwise_bias.numel();
-  check_taps(op, weights.taps, weights.depthwise_bias, channels, stride, padding);
-  PackedPointwise expand{};
-  if (weights.expand_panels) {
-    check(weights.expand_bias.has_value(), op, "expand_bias must be given with expand_panels");
-    check(weights.expand_panels->dim() == 3, op, "expand_panels must be (G, Cin, 16), got ", shape_of{*weights.expand_panels});
-    check_channels(op, x, weights.expand_panels->size(1));
-    const int64_t expanded = check_panels(op, "expand_panels", *weights.expand_panels, *weights.expand_bias, x.size(1));
-    check(expanded == channels, op, "expand_panels must give the depthwise convolution's ", channels, " channels, got ", expanded);
-    expand = {data(*weights.expand_panels), data(*weights.expand_bias), x.size(1), channels, activations.expand};
-  } else {
-    check_channels(op, x, channels);
-  }
-  const int64_t out_channels = check_panels(op, "project_panels", weights.project_panels, weights.project_bias, channels);
-  SqueezeExcite gate{};
-  if (!weights.squeeze_excite.empty()) {
-    const std::vector<Tensor>& se = weights.squeeze_excite;
-    check(se.size() == 4, op, "squeeze_excite must be empty or [reduce_panels, reduce_bias, expand_panels, expand_bias], got ", se.size(),
-          " tensors");
-    const int64_t reduced = check_panels(op, "squeeze_excite[0]", se[0], se[1], channels);
-    check(check_panels(op, "squeeze_excite[2]", se[2], se[3], reduced) == channels, op, "squeeze_excite[2] must give ", channels,
-          " channels");
-    gate = {{data(se[0]), data(se[1]), channels, reduced, activations.squeeze},
-            {data(se[2]), data(se[3]), reduced, channels, activations.gate}};
-  }
-  const Image in(x);
-  const int64_t kernel = weights.taps.size(0) == 9 ? 3 : 5;
-  const int64_t out_height = output_size(op, "height", in.h, kernel, stride[0], padding[0]);
-  const int64_t out_width = output_size(op, "width", in.w, kernel, stride[1], padding[1]);
-  std::optional<Image> added;
-  if (residual) {
-    check_residual(op, *residual, x, in.n, out_channels, out_height, out_width);
-    added.emplace(*residual);
-  }
-  Result out(in.n, out_channels, out_height, out_width, x, output);
-  const InvertedResidual block{in.data,
-                               in.n,
-                               in.h,
-                               in.w,
-                               in.c,
-                               weights.expand_panels ? &expand : nullptr,
-                               data(weights.taps),
-                               data(weights.depthwise_bias),
-                               channels,
-                               kernel,
-                               stride[0],
-                               stride[1],
-                               padding[0],
-                               padding[1],
-                               activations.depthwise,
-                               weights.squeeze_excite.empty() ? nullptr : &gate,
-                               {data(weights.project_panels), data(weights.project_bias), channels, out_channels, activations.project},
-                               added ? added->data : nullptr,
-                               out_height,
-                               out_width,
-                               out.data()};
-  run_inverted_residual(block, parallel());
-  return out.done();
-}
 
 void check_block(const char* op, const Tensor& x, const Tensor& depthwise_weight, const OptionalTensor& depthwise_bias, const char* last,
                  const Tensor& weight, const OptionalTensor& bias, const char* bias_name, int64_t channels, const Ints& stride,
@@ -94,13 +99,25 @@ void check_block(const char* op, const Tensor& x, const Tensor& depthwise_weight
 
 }  // namespace
 
+BlockActivations parse_activations(const OptionalString& expand, const OptionalString& depthwise, const OptionalString& squeeze,
+                                   const OptionalString& gate, const OptionalString& project) {
+  const char* op = "inverted_residual";
+  return {parse_activation(op, "expand_activation", expand), parse_activation(op, "depthwise_activation", depthwise),
+          parse_activation(op, "squeeze_activation", squeeze), parse_activation(op, "gate_activation", gate),
+          parse_activation(op, "activation", project)};
+}
+
+StepPointer block_step(const char* op, BlockWeights weights, BlockActivations activations, Ints stride, Ints padding) {
+  return std::make_unique<BlockStep>(op, std::move(weights), activations, std::move(stride), std::move(padding));
+}
+
 Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bias, Tensor pointwise_weight, OptionalTensor pointwise_bias,
                  Ints stride, Ints padding, OptionalString depthwise_activation, OptionalString activation, OptionalTensor residual) {
   const char* op = "separable";
   check_image(op, x);
   check_block(op, x, depthwise_weight, depthwise_bias, "pointwise_weight", pointwise_weight, pointwise_bias, "pointwise_bias", x.size(1),
               stride, padding);
-  const Activations activations{
+  const BlockActivations activations{
       {}, parse_activation(op, "depthwise_activation", depthwise_activation), {}, {}, parse_activation(op, "activation", activation)};
   if (residual) {
     const int64_t kernel = depthwise_weight.size(2);
@@ -112,14 +129,14 @@ Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bia
     const Tensor middle = aten::conv_act(x, depthwise_weight, depthwise_bias, stride, padding, x.size(1), depthwise_activation);
     return aten::formatted_like(aten::conv_act(middle, pointwise_weight, pointwise_bias, {1, 1}, {0, 0}, 1, activation, residual), x);
   }
-  const Weights weights{std::nullopt,
+  const BlockWeights weights{std::nullopt,
                         std::nullopt,
                         pack_taps(depthwise_weight),
                         bias_or_zeros(depthwise_bias, x.size(1)),
                         {},
                         pack_panels(pointwise_weight),
                         bias_or_zeros(pointwise_bias, pointwise_weight.size(0))};
-  return run(op, x, weights, activations, residual, stride, padding, Output::like_input);
+  return run_step(BlockStep(op, weights, activations, stride, padding), x, residual, Output::like_input);
 }
 
 Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_bias, Tensor depthwise_weight, OptionalTensor depthwise_bias,
@@ -148,27 +165,25 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
     const Tensor middle = aten::conv_act(expanded, depthwise_weight, depthwise_bias, stride, padding, channels, activation);
     return aten::formatted_like(aten::conv_act(middle, project_weight, project_bias, {1, 1}, {0, 0}, 1, std::nullopt, added), x);
   }
-  const Weights weights{pack_panels(expand_weight),
+  const BlockWeights weights{pack_panels(expand_weight),
                         bias_or_zeros(expand_bias, channels),
                         pack_taps(depthwise_weight),
                         bias_or_zeros(depthwise_bias, channels),
                         {},
                         pack_panels(project_weight),
                         bias_or_zeros(project_bias, project_weight.size(0))};
-  return run(op, x, weights, {parsed, parsed, {}, {}, Activation::none}, added, stride, padding, Output::like_input);
+  return run_step(BlockStep(op, weights, {parsed, parsed, {}, {}, Activation::none}, stride, padding), x, added, Output::like_input);
 }
 
 Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, OptionalTensor expand_bias, Tensor taps, Tensor depthwise_bias,
                                 std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual,
                                 Ints stride, Ints padding, OptionalString expand_activation, OptionalString depthwise_activation,
                                 OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation) {
-  const char* op = "inverted_residual";
-  const Activations activations{parse_activation(op, "expand_activation", expand_activation),
-                                parse_activation(op, "depthwise_activation", depthwise_activation),
-                                parse_activation(op, "squeeze_activation", squeeze_activation),
-                                parse_activation(op, "gate_activation", gate_activation), parse_activation(op, "activation", activation)};
-  return run(op, x, {expand_panels, expand_bias, taps, depthwise_bias, squeeze_excite, project_panels, project_bias}, activations, residual,
-             stride, padding, Output::channels_last);
+  return run_step(BlockStep("inverted_residual",
+                            {expand_panels, expand_bias, taps, depthwise_bias, squeeze_excite, project_panels, project_bias},
+                            parse_activations(expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation), stride,
+                            padding),
+                  x, residual, Output::channels_last);
 }
 
 }  // namespace fastconv

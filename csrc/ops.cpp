@@ -14,8 +14,8 @@ void check_packed_image(const char* op, const Tensor& x) {
   check(x.scalar_type() == ScalarType::Float, op, "x must be float32, got ", dtype_name(x.scalar_type()));
 }
 
-void check_channels(const char* op, const Tensor& x, int64_t channels) {
-  check(x.size(1) == channels, op, "x must have ", channels, " channels, got ", shape_of{x});
+void check_channels(const char* op, const Shape& x, int64_t channels) {
+  check(x.c == channels, op, "x must have ", channels, " channels, got ", x);
 }
 
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth) {
@@ -44,6 +44,28 @@ void check_residual(const char* op, const Tensor& residual, const Tensor& x, int
   const bool fits = residual.dim() == 4 && residual.size(0) == n && residual.size(1) == c && residual.size(2) == h && residual.size(3) == w;
   check(fits, op, "residual must have the output's shape (", n, ", ", c, ", ", h, ", ", w, "), got ", shape_of{residual});
   check_like(op, "residual", residual, x);
+}
+
+std::ostream& operator<<(std::ostream& text, const Shape& x) {
+  return text << "(" << x.n << ", " << x.c << ", " << x.h << ", " << x.w << ")";
+}
+
+Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residual, Output output) {
+  const char* op = step.op();
+  check_packed_image(op, x);
+  const Shape in = shape_like(x), out = step.output(in);
+  const bool direct = step.reads_any_format() && x.is_contiguous() && !is_channels_last(x);
+  const Image image(x, direct);
+  std::optional<Image> added;
+  if (residual) {
+    check_residual(op, *residual, x, out.n, out.c, out.h, out.w);
+    added.emplace(*residual);
+  }
+  Result result(out.n, out.c, out.h, out.w, x, output);
+  in_parallel(step.multiply_adds(in, out), [&](const Parallel& parallel) {
+    step.run({image.data, in, !direct}, added ? added->data : nullptr, result.data(), out, parallel);
+  });
+  return result.done();
 }
 
 }  // namespace fastconv

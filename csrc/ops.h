@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/aten.h"
+#include "csrc/steps.h"
 #include "csrc/tensor.h"
 
 namespace fastconv {
@@ -38,15 +39,12 @@ void program_add(int64_t program, std::string op, std::vector<Tensor> weights, I
 Tensor program_run(Tensor x, int64_t program);
 void program_free(int64_t program);
 
-Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const OptionalTensor& residual,
-                     Activation activation, Output output);
-
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);
 
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
 // x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)
-void check_channels(const char* op, const Tensor& x, int64_t channels);
+void check_channels(const char* op, const Shape& x, int64_t channels);
 // Panels (ceil(Cout / 16), depth, 16) with a bias (Cout,); returns Cout.
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth);
 void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t channels, const Ints& stride, const Ints& padding);

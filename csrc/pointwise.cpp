@@ -1,30 +1,44 @@
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
-Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation) {
-  const char* op = "pointwise";
-  return run_pointwise(op, x, panels, bias, residual, parse_activation(op, "activation", activation), Output::channels_last);
+namespace {
+
+class PointwiseStep : public Step {
+ public:
+  PointwiseStep(Tensor panels, Tensor bias, Activation activation)
+      : panels_(std::move(panels)), bias_(std::move(bias)), activation_(activation) {
+    check(panels_.dim() == 3, op(), "panels must be (G, Cin, 16), got ", shape_of{panels_});
+    out_channels_ = check_panels(op(), "panels", panels_, bias_, panels_.size(1));
+  }
+  const char* op() const override { return "pointwise"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, panels_.size(1));
+    return {in.n, out_channels_, in.h, in.w};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }
+  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const int64_t in_channels = x.shape.c;
+    const Pointwise call{x.data, in_channels,   in_channels, out_channels_, data(panels_), {data(bias_), residual, out_channels_, activation_},
+                         out,    out_channels_};
+    run_pointwise(call, shape.n * shape.h * shape.w, parallel);
+  }
+
+ private:
+  Tensor panels_, bias_;
+  Activation activation_;
+  int64_t out_channels_;
+};
+
+}  // namespace
+
+StepPointer pointwise_step(Tensor panels, Tensor bias, Activation activation) {
+  return std::make_unique<PointwiseStep>(std::move(panels), std::move(bias), activation);
 }
 
-Tensor run_pointwise(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const OptionalTensor& residual,
-                     Activation activation, Output output) {
-  check_packed_image(op, x);
-  check(panels.dim() == 3, op, "panels must be (G, Cin, 16), got ", shape_of{panels});
-  check_channels(op, x, panels.size(1));
-  const int64_t out_channels = check_panels(op, "panels", panels, bias, x.size(1));
-  const Image in(x);
-  std::optional<Image> added;
-  if (residual) {
-    check_residual(op, *residual, x, in.n, out_channels, in.h, in.w);
-    added.emplace(*residual);
-  }
-  Result out(in.n, out_channels, in.h, in.w, x, output);
-  const Pointwise call{in.data,      in.c,         in.c,
-                       out_channels, data(panels), {data(bias), added ? added->data : nullptr, out_channels, activation},
-                       out.data(),   out_channels};
-  run_pointwise(call, in.n * in.h * in.w, parallel());
-  return out.done();
+Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation) {
+  return run_step(PointwiseStep(panels, bias, parse_activation("pointwise", "activation", activation)), x, residual, Output::channels_last);
 }
 
 Tensor pointwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, OptionalString activation) {
@@ -35,7 +49,7 @@ Tensor pointwise(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor re
   if (residual) check_residual(op, *residual, x, x.size(0), weight.size(0), x.size(2), x.size(3));
   const Activation parsed = parse_activation(op, "activation", activation);
   if (!covered(op, x)) return aten::formatted_like(aten::conv_act(x, weight, bias, {1, 1}, {0, 0}, 1, activation, residual), x);
-  return run_pointwise(op, x, pack_panels(weight), bias_or_zeros(bias, weight.size(0)), residual, parsed, Output::like_input);
+  return run_step(PointwiseStep(pack_panels(weight), bias_or_zeros(bias, weight.size(0)), parsed), x, residual, Output::like_input);
 }
 
 }  // namespace fastconv

@@ -1,5 +1,6 @@
 // max_pool (3x3) and global_avg_pool.
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
@@ -16,34 +17,66 @@ int64_t pooled_size(const char* op, const char* axis, int64_t size, int64_t stri
   return out;
 }
 
+class MaxPoolStep : public Step {
+ public:
+  MaxPoolStep(Ints stride, Ints padding, bool ceil_mode) : stride_(std::move(stride)), padding_(std::move(padding)), ceil_mode_(ceil_mode) {
+    check_pair(op(), "stride", stride_, 1);
+    check_pair(op(), "padding", padding_, 0);
+    check(padding_[0] <= 1 && padding_[1] <= 1, op(), "padding must be at most 1, half the window, got (", padding_[0], ", ", padding_[1],
+          ")");
+  }
+  const char* op() const override { return "max_pool"; }
+  Shape output(const Shape& in) const override {
+    check(in.h > 0 && in.w > 0, op(), "x has no pixels: ", in);
+    return {in.n, in.c, pooled_size(op(), "height", in.h, stride_[0], padding_[0], ceil_mode_),
+            pooled_size(op(), "width", in.w, stride_[1], padding_[1], ceil_mode_)};
+  }
+  int64_t multiply_adds(const Shape&, const Shape& out) const override { return 9 * out.n * out.image(); }  // comparisons
+  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const Shape& in = x.shape;
+    const MaxPool image{x.data, in.c, in.h, in.w, in.c, shape.w, stride_[0], stride_[1], padding_[0], padding_[1], out, in.c};
+    run_max_pool(image, in.n, shape.h, parallel);
+  }
+
+ private:
+  Ints stride_, padding_;
+  bool ceil_mode_;
+};
+
+class GlobalAvgPoolStep : public Step {
+ public:
+  const char* op() const override { return "global_avg_pool"; }
+  Shape output(const Shape& in) const override {
+    check(in.h > 0 && in.w > 0, op(), "x has no pixels: ", in);
+    return {in.n, in.c, 1, 1};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape&) const override { return in.n * in.image(); }  // additions
+  void run(const Pixels& x, const float*, float* out, const Shape&, const Parallel& parallel) const override {
+    run_global_avg_pool(x.data, x.shape.n, x.shape.h * x.shape.w, x.shape.c, out, parallel);
+  }
+};
+
 }  // namespace
 
+StepPointer max_pool_step(Ints stride, Ints padding, bool ceil_mode) {
+  return std::make_unique<MaxPoolStep>(std::move(stride), std::move(padding), ceil_mode);
+}
+StepPointer global_avg_pool_step() { return std::make_unique<GlobalAvgPoolStep>(); }
+
 Tensor max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode) {
-  const char* op = "max_pool";
-  check_image(op, x);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check(padding[0] <= 1 && padding[1] <= 1, op, "padding must be at most 1, half the window, got (", padding[0], ", ", padding[1], ")");
-  check(x.size(2) > 0 && x.size(3) > 0, op, "x has no pixels: ", shape_of{x});
-  const int64_t out_height = pooled_size(op, "height", x.size(2), stride[0], padding[0], ceil_mode);
-  const int64_t out_width = pooled_size(op, "width", x.size(3), stride[1], padding[1], ceil_mode);
-  if (!covered(op, x)) return aten::formatted_like(aten::max_pool(x, stride, padding, ceil_mode), x);
-  const Image in(x);
-  Result out(in.n, in.c, out_height, out_width, x, Output::like_input);
-  const MaxPool image{in.data, in.c, in.h, in.w, in.c, out_width, stride[0], stride[1], padding[0], padding[1], out.data(), in.c};
-  run_max_pool(image, in.n, out_height, parallel());
-  return out.done();
+  check_image("max_pool", x);
+  const MaxPoolStep step(stride, padding, ceil_mode);
+  step.output(shape_like(x));
+  if (!covered(step.op(), x)) return aten::formatted_like(aten::max_pool(x, stride, padding, ceil_mode), x);
+  return run_step(step, x, std::nullopt, Output::like_input);
 }
 
 Tensor global_avg_pool(Tensor x) {
-  const char* op = "global_avg_pool";
-  check_image(op, x);
-  check(x.size(2) > 0 && x.size(3) > 0, op, "x has no pixels: ", shape_of{x});
-  if (!covered(op, x)) return aten::formatted_like(aten::global_avg_pool(x), x);
-  const Image in(x);
-  Result out(in.n, in.c, 1, 1, x, Output::like_input);
-  run_global_avg_pool(in.data, in.n, in.h * in.w, in.c, out.data(), parallel());
-  return out.done();
+  check_image("global_avg_pool", x);
+  const GlobalAvgPoolStep step;
+  step.output(shape_like(x));
+  if (!covered(step.op(), x)) return aten::formatted_like(aten::global_avg_pool(x), x);
+  return run_step(step, x, std::nullopt, Output::like_input);
 }
 
 }  // namespace fastconv

@@ -1,50 +1,63 @@
 #include "csrc/ops.h"
+#include "csrc/steps.h"
 
 namespace fastconv {
 
 namespace {
-
-Tensor run(const char* op, const Tensor& x, const Tensor& panels, const Tensor& bias, const Ints& kernel, const Ints& stride,
-           const Ints& padding, Activation activation, Output output) {
-  check_packed_image(op, x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const int64_t out_channels = check_panels(op, "panels", panels, bias, kernel[0] * kernel[1] * c);
-  const int64_t out_height = output_size(op, "height", h, kernel[0], stride[0], padding[0]);
-  const int64_t out_width = output_size(op, "width", w, kernel[1], stride[1], padding[1]);
-  const bool direct = is_channels_last(x) || x.is_contiguous();  // both orders are read as they are
-  const Tensor in = direct ? x : torch::stable::contiguous(x);
-  const bool channels_last = is_channels_last(in);
-  Result out(n, out_channels, out_height, out_width, x, output);
-  const Stem image{data(in),
-                   channels_last ? 1 : h * w,
-                   channels_last ? w * c : w,
-                   channels_last ? c : 1,
-                   h,
-                   w,
-                   c,
-                   out_channels,
-                   out_height,
-                   out_width,
-                   kernel[0],
-                   kernel[1],
-                   stride[0],
-                   stride[1],
-                   padding[0],
-                   padding[1],
-                   data(panels),
-                   {data(bias), nullptr, 0, activation},
-                   out.data(),
-                   out_channels};
-  run_stem(image, n, c * h * w, parallel());
-  return out.done();
-}
 
 // A 1x1 convolution is not a stem: its panels are packed for the pointwise kernel.
 bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) {
   return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7 && kernel_h * kernel_w > 1;
 }
 
+class StemStep : public Step {
+ public:
+  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation)
+      : panels_(std::move(panels)),
+        bias_(std::move(bias)),
+        kernel_(std::move(kernel)),
+        stride_(std::move(stride)),
+        padding_(std::move(padding)),
+        activation_(activation) {
+    check_pair(op(), "kernel_size", kernel_, 1);
+    check_pair(op(), "stride", stride_, 1);
+    check_pair(op(), "padding", padding_, 0);
+    check(panels_.dim() == 3, op(), "panels must be (G, KH * KW * Cin, 16), got ", shape_of{panels_});
+    in_channels_ = panels_.size(1) / (kernel_[0] * kernel_[1]);
+    out_channels_ = check_panels(op(), "panels", panels_, bias_, kernel_[0] * kernel_[1] * in_channels_);
+  }
+  const char* op() const override { return "stem"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, in_channels_);
+    check(covers(in.c, kernel_[0], kernel_[1]), op(), "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", in, " and (",
+          kernel_[0], ", ", kernel_[1], ")");
+    return {in.n, out_channels_, output_size(op(), "height", in.h, kernel_[0], stride_[0], padding_[0]),
+            output_size(op(), "width", in.w, kernel_[1], stride_[1], padding_[1])};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
+  bool reads_any_format() const override { return true; }
+  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+    const auto [n, c, h, w] = x.shape;
+    const bool last = x.channels_last;
+    const Stem image{x.data,     last ? 1 : h * w, last ? w * c : w, last ? c : 1, h,           w,           c,
+                     shape.c,    shape.h,          shape.w,          kernel_[0],   kernel_[1],  stride_[0],  stride_[1],
+                     padding_[0], padding_[1],     data(panels_),    {data(bias_), nullptr, 0, activation_}, out, shape.c};
+    run_stem(image, n, x.shape.image(), parallel);
+  }
+
+ private:
+  Tensor panels_, bias_;
+  Ints kernel_, stride_, padding_;
+  Activation activation_;
+  int64_t in_channels_, out_channels_;
+};
+
 }  // namespace
+
+StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation) {
+  return std::make_unique<StemStep>(std::move(panels), std::move(bias), std::move(kernel_size), std::move(stride), std::move(padding),
+                                    activation);
+}
 
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation) {
   const char* op = "stem";
@@ -60,21 +73,13 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
   if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3)))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, 1, activation), x);
-  return run(op, x, pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed,
-             Output::like_input);
+  return run_step(StemStep(pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed),
+                  x, std::nullopt, Output::like_input);
 }
 
 Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation) {
-  const char* op = "stem";
-  check_image(op, x);
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check(panels.dim() == 3, op, "panels must be (G, KH * KW * Cin, 16), got ", shape_of{panels});
-  check_channels(op, x, panels.size(1) / (kernel_size[0] * kernel_size[1]));
-  check(covers(x.size(1), kernel_size[0], kernel_size[1]), op, "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", shape_of{x},
-        " and (", kernel_size[0], ", ", kernel_size[1], ")");
-  return run(op, x, panels, bias, kernel_size, stride, padding, parse_activation(op, "activation", activation), Output::channels_last);
+  return run_step(StemStep(panels, bias, kernel_size, stride, padding, parse_activation("stem", "activation", activation)), x, std::nullopt,
+                  Output::channels_last);
 }
 
 }  // namespace fastconv

@@ -119,13 +119,8 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-Image::Image(const Tensor& x)
-    : tensor(is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)),
-      n(x.size(0)),
-      c(x.size(1)),
-      h(x.size(2)),
-      w(x.size(3)),
-      data(fastconv::data(tensor)) {}
+Image::Image(const Tensor& x, bool direct)
+    : tensor(direct || is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
 
 namespace {
 
@@ -139,11 +134,9 @@ void advise_huge_pages(const float* data, int64_t count) {
 #endif
 }
 
-thread_local OutputBuffer* output_buffer = nullptr;
-
 }  // namespace
 
-float* OutputBuffer::floats(int64_t count) {
+float* Arena::floats(int64_t count) {
   if (count > capacity_) {
     // On a huge page's boundary where there is one to fill.
     const size_t alignment = count * sizeof(float) >= size_t{1} << 20 ? size_t{2} << 20 : 64;
@@ -158,19 +151,11 @@ float* OutputBuffer::floats(int64_t count) {
   return data_.get();
 }
 
-OutputPlace::OutputPlace(OutputBuffer* buffer) { output_buffer = buffer; }
-OutputPlace::~OutputPlace() { output_buffer = nullptr; }
-
 Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Output output) : tensor_(x), convert_(false) {
   const bool channels_last = output == Output::channels_last || (is_channels_last(x) && !x.is_contiguous());
   const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
-  if (output_buffer && channels_last) {
-    const Ints strides{h * w * c, 1, w * c, c};
-    tensor_ = torch::stable::from_blob(output_buffer->floats(n * c * h * w), shape, strides, x.device(), ScalarType::Float);
-    return;
-  }
   tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
                                  channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   advise_huge_pages(data(), tensor_.numel());
@@ -219,12 +204,22 @@ Tensor pack_taps(const Tensor& weight) {
 
 Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? torch::stable::contiguous(*bias) : zeros(channels); }
 
-Parallel parallel() {
-  const auto loop = [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
-    if (count == 1) return body(context, 0, 1);
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
-  return {torch::stable::get_num_threads(), loop};
+void in_parallel(int64_t work, const std::function<void(const Parallel&)>& f) {
+  constexpr int64_t ALONE = 512 * 1024;  // about 4 us; waking a team takes 2 us
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads <= 1 || work < ALONE) return f(Parallel{});
+  Team team(threads);
+  std::exception_ptr failure;  // torch's loop is a C function to the stable ABI: nothing may be thrown through it
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    if (begin != 0) return team.help(begin);  // the caller's own piece is the first
+    try {
+      f(Parallel{&team});
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    team.finish();
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace fastconv

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -61,20 +62,20 @@ bool covered(const char* op, const Tensor& x);
 
 bool is_channels_last(const Tensor& x);
 
-// A dense image with channels innermost; owns a converted copy if x is not one already.
+// A dense image with channels innermost, or, `direct`, as it is; owns a converted copy if x is not one already.
 struct Image {
   Tensor tensor;
-  int64_t n, c, h, w;
   const float* data;
-  explicit Image(const Tensor& x);
+  explicit Image(const Tensor& x, bool direct = false);
 };
 
 enum class Output { like_input, channels_last };
 
 // A block that keeps its memory from one call to the next and grows to the largest need seen.
-class OutputBuffer {
+class Arena {
  public:
   float* floats(int64_t count);
+  int64_t capacity() const { return capacity_; }
 
  private:
   struct Free {
@@ -82,14 +83,6 @@ class OutputBuffer {
   };
   std::unique_ptr<float, Free> data_;
   int64_t capacity_ = 0;
-};
-
-// While it lives, Results of this thread stand in `buffer` instead of memory of their own; null: in their own.
-class OutputPlace {
- public:
-  explicit OutputPlace(OutputBuffer* buffer);
-  ~OutputPlace();
-  OutputPlace(const OutputPlace&) = delete;
 };
 
 // The kernels write channels innermost; done() returns the result in the asked memory format: the input's for public operators, always
@@ -115,7 +108,7 @@ Tensor pack_winograd(const Tensor& weight);
 Tensor pack_taps(const Tensor& weight);
 Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels);
 
-// torch's thread pool.
-Parallel parallel();
+// Runs f once, with a team of torch's threads to share its loops, or without where so little work, in multiply-adds, is faster alone.
+void in_parallel(int64_t work, const std::function<void(const Parallel&)>& f);
 
 }  // namespace fastconv

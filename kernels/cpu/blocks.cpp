@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/scratch.h"
@@ -10,23 +11,47 @@ namespace fastconv {
 
 namespace {
 
-// Below this many multiply-adds a fork-join (0.6 us) costs more than it saves.
+// Below this many multiply-adds (half a microsecond) a loop's opening and closing costs more than it saves, and so do smaller chunks.
 constexpr int64_t SERIAL_WORK = 64 * 1024;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
 
-void serial_loop(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) { body(context, 0, count); }
-constexpr Parallel SERIAL{1, serial_loop};
+Parallel for_work(const Parallel& parallel, int64_t multiply_adds) { return multiply_adds < SERIAL_WORK ? Parallel{} : parallel; }
 
-Parallel for_work(const Parallel& parallel, int64_t multiply_adds) { return multiply_adds < SERIAL_WORK ? SERIAL : parallel; }
-
-// Splits the larger side of an M x N product: pixels share weights, panels share inputs.
+// Chunks of `count` things whose work is `each` multiply-adds: f(range).
 template <class F>
-void split_product(const Parallel& parallel, int64_t pixels, int64_t out_channels, const F& f) {
-  if (parallel.threads > 1 && out_channels > pixels)
-    parallel.split(panels_for(out_channels), [&](Range panels) { f(Range{0, pixels}, panels); });
-  else
-    parallel.split(pixels, [&](Range range) { f(range, Range{0, panels_for(out_channels)}); });
+void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
+  parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
+}
+
+// `count` things in equal pieces of about `wanted`, which are whole multiples of `unit` or less.
+int64_t pieces_for(int64_t count, int64_t wanted, int64_t unit) {
+  return ceil_div(count, ceil_div(ceil_div(count, wanted), unit) * unit);
+}
+
+// Chunks of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs, and
+// neighbouring chunks go to one thread. Where that gives too few chunks the other side is split as well.
+template <class F>
+void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
+  const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
+  if (!parallel.team || work < SERIAL_WORK) return f(Range{0, pixels}, Range{0, panels});
+  const int64_t most = std::min(Parallel::CHUNKS * parallel.threads(), std::max<int64_t>(1, work / SERIAL_WORK));
+  const int64_t tile = kernels().tile_pixels, group = pixels <= 4 ? 4 : 2;  // panels at a time: pointwise.h
+  const bool by_panels = out_channels > pixels;
+  int64_t rows, columns;
+  if (by_panels) {
+    columns = pieces_for(panels, most, group);
+    rows = pieces_for(pixels, ceil_div(std::min(most, Parallel::CHUNKS / 2 * parallel.threads()), columns), tile);
+  } else {
+    rows = pieces_for(pixels, most, tile);
+    columns = pieces_for(panels, ceil_div(std::min(most, Parallel::CHUNKS / 2 * parallel.threads()), rows), group);
+  }
+  const int64_t groups = ceil_div(panels, group);
+  parallel.chunks(rows * columns, 1, [&](Range chunk, int64_t) {
+    const int64_t row = by_panels ? chunk.begin % rows : chunk.begin / columns, column = by_panels ? chunk.begin / rows : chunk.begin % columns;
+    f(Range{row * pixels / rows, (row + 1) * pixels / rows},
+      Range{column * groups / columns * group, std::min((column + 1) * groups / columns * group, panels)});
+  });
 }
 
 // A range of rows counted through a batch, image by image: f(image, rows within it). (Or pixels, with an image's pixels for its height.)
@@ -61,8 +86,7 @@ Pointwise product(const PackedPointwise& weights, const float* x, int64_t x_stri
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
   const Kernels& k = kernels();
-  split_product(for_work(parallel, pixels * op.in_channels * op.out_channels), pixels, op.out_channels,
-                [&](Range range, Range panels) { k.pointwise(op, range, panels); });
+  split_product(parallel, pixels, op.in_channels, op.out_channels, [&](Range range, Range panels) { k.pointwise(op, range, panels); });
 }
 
 void run_conv(const Conv& image, int64_t batch, const Parallel& parallel) {
@@ -72,14 +96,14 @@ void run_conv(const Conv& image, int64_t batch, const Parallel& parallel) {
     Conv op = image;
     op.x += n * image.height * image.width * image.x_stride;
     op.out += n * pixels * image.out_stride;
-    split_product(parallel, pixels, op.out_channels, [&](Range range, Range panels) { k.conv(op, range, panels); });
+    split_product(parallel, pixels, op.kernel_h * op.kernel_w * op.in_channels, op.out_channels,
+                  [&](Range range, Range panels) { k.conv(op, range, panels); });
   }
 }
 
 void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
   const Kernels& k = kernels();
-  const int64_t work = batch * out_height * image.out_width * image.channels * image.kernel * image.kernel;
-  for_work(parallel, work).split(batch * out_height, [&](Range rows) {
+  split(parallel, batch * out_height, image.out_width * image.channels * image.kernel * image.kernel, [&](Range rows) {
     for_each_image(rows, out_height, [&](int64_t n, Range part) {
       Depthwise op = image;
       op.x += n * image.height * image.x_row_stride;
@@ -91,7 +115,8 @@ void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, co
 
 void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel) {
   const Kernels& k = kernels();
-  parallel.split(batch * image.out_height, [&](Range rows) {
+  const int64_t each = image.out_width * image.out_channels * image.kernel_h * image.kernel_w * image.in_channels;
+  split(parallel, batch * image.out_height, each, [&](Range rows) {
     float* buffer = private_scratch.floats(image.scratch_floats());
     for_each_image(rows, image.out_height, [&](int64_t n, Range part) {
       Stem op = image;
@@ -104,7 +129,7 @@ void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Para
 
 void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
   const Kernels& k = kernels();
-  for_work(parallel, batch * out_height * image.out_width * image.channels * 9).split(batch * out_height, [&](Range rows) {
+  split(parallel, batch * out_height, image.out_width * image.channels * 9, [&](Range rows) {
     for_each_image(rows, out_height, [&](int64_t n, Range part) {
       MaxPool op = image;
       op.x += n * image.height * image.width * image.x_stride;
@@ -127,7 +152,7 @@ void average(const float* x, int64_t x_stride, int64_t pixels, Range range, floa
 
 void run_global_avg_pool(const float* x, int64_t batch, int64_t pixels, int64_t channels, float* out, const Parallel& parallel) {
   const int64_t blocks = ceil_div(channels, 64);  // four cache lines a task
-  for_work(parallel, batch * pixels * channels).split(batch * blocks, [&](Range tasks) {
+  split(parallel, batch * blocks, pixels * 64, [&](Range tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / blocks, c = task % blocks * 64;
       average(x + n * pixels * channels, channels, pixels, {c, std::min(c + 64, channels)}, out + n * channels);
@@ -229,20 +254,28 @@ struct FireStrip {
 void run_fire(const Fire& op, const Parallel& parallel) {
   const FireStrip strip(op);
   const int64_t in_floats = op.height * op.width * op.squeeze.in_channels, out_floats = op.height * op.width * strip.out_channels;
-  const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads;
-  const bool uneven = units % threads != 0 && units < 8 * threads;  // 7 rows of tiles on two threads: one would wait an eighth of the time
-  if (op.batch < threads && (strip.out_channels > op.height * op.width || uneven)) {
-    // Small images: the threads share the squeezed image and split the panels, so that weights, the larger traffic, stream once.
+  const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads();
+  if (op.batch < threads) {
+    // The threads share the squeezed image. Panels are split where they are the larger traffic, so that weights stream once.
     const int64_t rows = strip.buffer_rows(op.height);
     float* buffer = shared_scratch.floats(rows * strip.row_floats());
+    const bool by_panels = strip.out_channels > op.height * op.width;
     for (int64_t n = 0; n < op.batch; ++n) {
-      parallel.split(rows, [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
-      parallel.split(strip.panels(), [&](Range panels) { strip.expand(buffer, {0, op.height}, panels, op.out + n * out_floats); });
+      split(parallel, rows, op.width * op.squeeze.in_channels * strip.squeeze,
+            [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
+      float* out = op.out + n * out_floats;
+      if (by_panels)
+        parallel.split(strip.panels(), 2, 2, [&](Range panels) { strip.expand(buffer, {0, op.height}, panels, out); });
+      else
+        parallel.split(units, 1, 1, [&](Range range) {
+          strip.expand(buffer + range.begin * strip.unit * strip.row_floats(),
+                       {range.begin * strip.unit, std::min(range.end * strip.unit, op.height)}, {0, strip.panels()}, out);
+        });
     }
     return;
   }
   const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / (strip.row_floats() * strip.unit));  // units in a strip that stays in L2
-  parallel.split(op.batch * units, [&](Range all) {
+  parallel.chunks(op.batch * units, std::min(most, units), [&](Range all, int64_t) {
     for (int64_t u = all.begin; u < all.end;) {
       const int64_t n = u / units, first = u - n * units, last = std::min({first + most, units, first + all.end - u});
       const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
@@ -281,25 +314,30 @@ struct Block {
     return product(op.project, x, stride, op.out + first_pixel * out, out, op.residual ? op.residual + first_pixel * out : nullptr, out);
   }
 
+  // Where a thread's ring stands: who goes on at `row` of the same image need not expand its halo again.
+  struct alignas(64) Ring {
+    int64_t image = -1, row = 0, next = 0;  // next output row, and next input row to expand
+  };
+
   // Depth first: a few output rows at a time go expand -> depthwise -> project, the expanded rows standing in a ring.
-  void rows(int64_t n, Range rows) const {
+  void rows(int64_t n, Range rows, Ring& at) const {
     const Kernels& k = kernels();
     const float* x = op.x + n * in_floats;
-    const int64_t step = std::min(rows.size(), std::max<int64_t>(1, 28 / op.out_width));  // 28 pixels: two full tiles of 14
+    const int64_t step = std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width));  // 28 pixels: two full tiles of 14
     const int64_t ring_rows = op.expand ? (step - 1) * op.stride_h + op.kernel : op.height;
     const int64_t ring_floats = op.expand ? ring_rows * op.width * stride : 0;
     float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
     float* middle = ring + ring_floats;
-    int64_t next = std::max<int64_t>(0, rows.begin * op.stride_h - op.pad_h);  // next input row to expand
+    if (at.image != n || at.row != rows.begin) at = {n, rows.begin, std::max<int64_t>(0, rows.begin * op.stride_h - op.pad_h)};
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
       if (op.expand) {
         const int64_t last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
-        while (next < last) {
-          const int64_t slot = next % ring_rows, count = std::min(last - next, ring_rows - slot);
-          k.pointwise(product(*op.expand, x + next * op.width * op.in_channels, op.in_channels, ring + slot * op.width * stride, stride),
+        while (at.next < last) {
+          const int64_t slot = at.next % ring_rows, count = std::min(last - at.next, ring_rows - slot);
+          k.pointwise(product(*op.expand, x + at.next * op.width * op.in_channels, op.in_channels, ring + slot * op.width * stride, stride),
                       {0, count * op.width}, {0, panels_for(op.channels)});
-          next += count;
+          at.next += count;
         }
         k.depthwise(depthwise(ring, stride, ring_rows, middle), {oh, end}, {0, op.channels});
       } else {
@@ -308,6 +346,7 @@ struct Block {
       k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width},
                   {0, panels_for(op.project.out_channels)});
     }
+    at.row = rows.end;
   }
 
   // Layer by layer over whole images, each layer split over the team; a thread keeps its channels or rows through the first two.
@@ -331,14 +370,14 @@ struct Block {
       k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels);
     };
     const Range all_rows{0, count * op.out_height};
-    if (channels > pixels && parallel.threads > 1) {
-      parallel.split(panels_for(channels), [&](Range panels) {  // channels never meet before the projection: no barrier between
+    if (channels > pixels && parallel.team) {
+      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
         if (op.expand) expand({0, pixels}, panels);
         run_depthwise(all_rows, {panels.begin * PANEL, std::min(panels.end * PANEL, channels)});
       });
     } else {
-      if (op.expand) parallel.split(pixels, [&](Range range) { expand(range, {0, panels_for(channels)}); });
-      parallel.split(all_rows.size(), [&](Range rows) { run_depthwise(rows, {0, channels}); });
+      if (op.expand) split_product(parallel, pixels, op.in_channels, channels, expand);
+      split(parallel, all_rows.size(), op.out_width * channels * op.kernel * op.kernel, [&](Range rows) { run_depthwise(rows, {0, channels}); });
     }
 
     if (op.squeeze_excite) {
@@ -346,30 +385,31 @@ struct Block {
       float* scales = means + count * channels;
       float* hidden = scales + count * channels;
       const SqueezeExcite& gate = *op.squeeze_excite;
-      parallel.split(panels_for(channels), [&](Range panels) {
+      split(parallel, panels_for(channels), PANEL * count * out_pixels, [&](Range panels) {
         const Range range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)};
         for (int64_t n = 0; n < count; ++n) average(middle + n * out_pixels * stride, stride, out_pixels, range, means + n * channels);
       });
       run_pointwise(product(gate.reduce, means, channels, hidden, reduced), count, parallel);
       run_pointwise(product(gate.expand, hidden, reduced, scales, channels), count, parallel);
-      parallel.split(count * out_pixels, [&](Range range) {
+      split(parallel, count * out_pixels, channels, [&](Range range) {
         for_each_image(range, out_pixels, [&](int64_t n, Range part) {
           k.scale_channels(middle + (n * out_pixels + part.begin) * stride, stride, part.size(), channels, scales + n * channels);
         });
       });
     }
-    split_product(parallel, count * out_pixels, op.project.out_channels,
+    split_product(parallel, count * out_pixels, channels, op.project.out_channels,
                   [&](Range range, Range panels) { k.pointwise(project(middle, batch.begin * out_pixels), range, panels); });
   }
 
   // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
   void serial(Range batch) const {
     if (!op.squeeze_excite && weight_floats() <= L2_WEIGHTS) {
-      for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height});
+      Ring ring;
+      for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height}, ring);
       return;
     }
     const int64_t group = std::max<int64_t>(1, L2_FLOATS / middle_floats());
-    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, SERIAL, private_scratch);
+    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, Parallel{}, private_scratch);
   }
 };
 
@@ -377,13 +417,17 @@ struct Block {
 
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel) {
   const Block block(op);
-  const int64_t whole = op.batch - op.batch % parallel.threads;  // these go image by image; the rest is split within each image
-  if (whole > 0) parallel.split(whole, [&](Range images) { block.serial(images); });
+  const int64_t threads = parallel.threads();
+  if (!parallel.team) return block.serial({0, op.batch});
+  const int64_t whole = op.batch - op.batch % threads;  // these go image by image; the rest is split within each image
+  parallel.chunks(whole, std::max<int64_t>(1, whole / (4 * threads)), [&](Range images, int64_t) { block.serial(images); });
   for (int64_t n = whole; n < op.batch; ++n) {
-    if (!op.squeeze_excite && block.weight_floats() <= L2_WEIGHTS && op.out_height >= 14 * parallel.threads)
-      parallel.split(op.out_height, [&](Range rows) { block.rows(n, rows); });
-    else
+    if (!op.squeeze_excite && block.weight_floats() <= L2_WEIGHTS && op.out_height >= 14 * threads) {
+      std::vector<Block::Ring> rings(threads);
+      parallel.chunks(op.out_height, 4, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker]); });
+    } else {
       block.images({n, n + 1}, parallel, shared_scratch);
+    }
   }
 }
 

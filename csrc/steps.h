@@ -1,0 +1,62 @@
+// What a packed operator does once its weights are there: the shape of its output, and the run. An operator runs its step once; a program
+// keeps its steps.
+#pragma once
+
+#include <memory>
+
+#include "csrc/tensor.h"
+
+namespace fastconv {
+
+struct Shape {
+  int64_t n, c, h, w;
+  int64_t image() const { return c * h * w; }  // elements
+};
+std::ostream& operator<<(std::ostream& text, const Shape& shape);
+inline Shape shape_like(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// Images in memory, channels innermost unless said otherwise.
+struct Pixels {
+  const float* data;
+  Shape shape;
+  bool channels_last = true;
+};
+
+class Step {
+ public:
+  virtual ~Step() = default;
+  virtual const char* op() const = 0;
+  virtual Shape output(const Shape& in) const = 0;  // throws if there is none
+  virtual int64_t multiply_adds(const Shape& in, const Shape& out) const = 0;
+  virtual bool reads_any_format() const { return false; }
+  // residual: of the output's shape, or null.
+  virtual void run(const Pixels& x, const float* residual, float* out, const Shape& out_shape, const Parallel& parallel) const = 0;
+};
+using StepPointer = std::unique_ptr<const Step>;
+
+// The packed operators' arguments; weights are checked here, once.
+StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation);
+StepPointer pointwise_step(Tensor panels, Tensor bias, Activation activation);
+StepPointer depthwise_step(Tensor taps, Tensor bias, Ints stride, Ints padding, Activation activation);
+StepPointer fire_expand_step(Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3);
+StepPointer fire_step(Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,
+                      OptionalTensor winograd3x3);
+struct BlockWeights {
+  OptionalTensor expand_panels, expand_bias;
+  Tensor taps, depthwise_bias;
+  std::vector<Tensor> squeeze_excite;
+  Tensor project_panels, project_bias;
+};
+struct BlockActivations {
+  Activation expand, depthwise, squeeze, gate, project;
+};
+BlockActivations parse_activations(const OptionalString& expand, const OptionalString& depthwise, const OptionalString& squeeze,
+                                   const OptionalString& gate, const OptionalString& project);
+StepPointer block_step(const char* op, BlockWeights weights, BlockActivations activations, Ints stride, Ints padding);
+StepPointer max_pool_step(Ints stride, Ints padding, bool ceil_mode);
+StepPointer global_avg_pool_step();
+
+// The step on a tensor, as an operator's whole work.
+Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residual, Output output);
+
+}  // namespace fastconv
