@@ -19,8 +19,17 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
     const bool paired = last_panel_is_paired(op.out_channels);
+    const bool cold = !small || m == pixels.begin;  // weights that this call has not brought into L2 yet
     const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
-      cover<NV, PAIR>(rows, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
+      Output at = at_column(to, column, columns);
+      if (NV * W % PANEL == 0 && cold) {
+        constexpr int64_t PANELS = NV * W / PANEL;
+        const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
+        at.ahead = at.panels + PANELS * to.panel_stride;
+        at.ahead_lines = K * (left < PANELS ? left : PANELS);
+        at.ahead_lines_a_tile = K / UNROLL * AHEAD_LINES;
+      }
+      cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
     };
     if (rows <= 4)  // a matrix-vector product reads each weight once: the more streams at a time, the better memory keeps up
       for_each_chunk<MAX_NV>(panels, op.out_channels, paired, chunk);

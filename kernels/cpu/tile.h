@@ -26,6 +26,7 @@ constexpr int max_rows() {
   if constexpr (W == 8) return VECTORS == 2 ? 6 : 12;
   return 2;
 }
+constexpr int AHEAD_LINES = 2;  // fetched for every UNROLL of depth
 constexpr int UNROLL = 4;  // of the depth: addresses become displacements
 constexpr int MAX_NV = W == 16 ? 4 : W == 8 ? 2 : 4;
 
@@ -42,6 +43,7 @@ struct StridedSource {
 };
 template <int MR>
 struct Strided {
+  static constexpr bool FETCHES = true;
   const float* x;
   int64_t stride, segments, depth, segment_stride;
   const float* p[(MR + 2) / 3];
@@ -70,6 +72,7 @@ struct Strided {
 // Rows found through a table of pointers, (segments, rows): taps outside the image point at zeros.
 template <int MR>
 struct Indirect {
+  static constexpr bool FETCHES = false;
   const float* const* table;
   int64_t segments, depth;
   const float* p[MR];
@@ -84,6 +87,7 @@ struct Indirect {
 // Rows a small step apart (a compile-time constant unless STEP is 0) with a table of offsets along the depth: the stem's row buffer.
 template <int MR, int STEP>
 struct Stepped {
+  static constexpr bool FETCHES = false;
   const float* x;
   const int32_t* offsets;
   int64_t segments, depth, step;
@@ -100,6 +104,8 @@ struct Output {
   Epilogue epilogue;
   float* out;
   int64_t out_stride, columns;
+  const float* ahead = nullptr;  // weights that are needed next, of which ahead_lines cache lines are fetched meanwhile
+  int64_t ahead_lines = 0, ahead_lines_a_tile = 0;
 };
 
 // `count` tiles one below the other; PAIR: a paired panel follows the NV vectors.
@@ -117,7 +123,12 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 #pragma GCC unroll 4
     for (int v = NV; v < ALL; ++v) bias[v] = load(lanes + (v - NV) * W);
   }
+  // Weights come from L3 or memory once a call: fetched while the tiles before still multiply, they cost nothing.
+  int64_t ahead_step = to.ahead_lines > 0 ? AHEAD_LINES * 16 : 0;
+  const float* ahead = to.ahead_lines > 0 ? to.ahead : to.panels;
+  const float* const ahead_end = ahead + to.ahead_lines * 16;
   for (; count > 0; --count) {
+    if (ahead >= ahead_end) ahead = to.panels, ahead_step = 0;
     vec sum[MR][ALL];
 #pragma GCC unroll 4
     for (int v = 0; v < ALL; ++v)
@@ -167,6 +178,11 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         for (int u = 0; u < UNROLL; ++u) {
           step(k, u);
           if (u % 2 == 0) step_pair(k, u, false);
+        }
+        if constexpr (Rows::FETCHES) {
+#pragma GCC unroll 4
+          for (int line = 0; line < AHEAD_LINES; ++line) __builtin_prefetch(ahead + line * 16, 0, 2);
+          ahead += ahead_step;
         }
         advance(UNROLL);
       }
@@ -256,6 +272,11 @@ FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
   const auto run = [&](int64_t size, int64_t first, int64_t number) {
     if (number == 0) return;
     Output at = to;
+    if (first > 0) {  // goes on where the tiles before it stopped
+      const int64_t fetched = pieces.longer * to.ahead_lines_a_tile;
+      at.ahead += fetched * 16;
+      at.ahead_lines -= fetched;
+    }
     at.out += first * to.out_stride;
     if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_stride;
     with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV, PAIR>(rows_of(MR, first), number, at); });
