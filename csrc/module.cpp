@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/benchmark.h"
+#include "csrc/watch.h"
 #include "kernels/cpu/isa.h"
 
 namespace py = pybind11;
@@ -41,19 +42,6 @@ py::dict build_info() {
   return info;
 }
 
-// Asks for these addresses' cache lines, and for those of the dictionaries' tables, all at once. A check of some hundred tensors walks
-// pointers that the network's data has pushed out of the caches: 260 us for MobileNet V2, one miss after the other.
-void prefetch(const py::buffer& addresses, const py::list& dicts) {
-  const py::buffer_info info = addresses.request();
-  if (info.itemsize != sizeof(uint64_t) || info.ndim != 1) throw py::value_error("prefetch: addresses must be an array of uint64");
-  const uint64_t* address = static_cast<const uint64_t*>(info.ptr);
-  for (py::ssize_t i = 0; i < info.size; ++i) __builtin_prefetch(reinterpret_cast<const void*>(address[i]));
-  for (const py::handle dict : dicts) {
-    const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_keys);
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + line * 64);
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -69,7 +57,9 @@ PYBIND11_MODULE(_C, m) {
         "Best GB/s of one core over a working set of so many bytes, kind 'read' or 'copy', within a budget of seconds.");
   m.def("pointwise_gflops", &fastconv::pointwise_gflops, py::arg("pixels"), py::arg("in_channels"), py::arg("out_channels"),
         py::arg("budget") = 0.2, "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
-  m.def("prefetch", &prefetch, py::arg("addresses"), py::arg("dicts"),
-        "Fetches these addresses' cache lines (an array of uint64) and the tables of these dictionaries; changes nothing.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
+  py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")
+      .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),
+           py::arg("counted"), py::arg("addressed"), py::arg("children"))
+      .def("unchanged", &fastconv::Watch::unchanged);
 }

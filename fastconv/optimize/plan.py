@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
+from fastconv import _extension
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
 from fastconv.optimize.trace import Untraceable, hooked, trace
@@ -80,6 +81,12 @@ class Watch:
         self.children_then = [dict(children) for children in self.children]
         self.hooks = [hooked(child) for child in self.modules]
         self.handles = RemovableHandle.next_id
+        # The same comparisons in C++, which takes a third of the time.
+        self.quick = None
+        if _extension.available:
+            from fastconv import _C
+
+            self.quick = _C.Watch(self.tensors, self.owners, self.keys, self.counted, self.addressed, self.children)
 
     def same_structure(self) -> bool:
         if self.children != self.children_then:
@@ -91,6 +98,8 @@ class Watch:
         return True
 
     def unchanged(self) -> bool:
+        if self.quick is not None and self.handles == RemovableHandle.next_id:
+            return self.quick.unchanged()
         return (
             list(map(_version, self.counted)) == self.versions
             and all(map(operator.is_, map(dict.get, self.owners, self.keys), self.tensors))
@@ -369,7 +378,8 @@ class Plan:
         """The call itself, for plain tensors that want no gradient."""
         program, _, steps, together = self.prepare()
         if together is not None and len(args) == 1 and together.serves(args[0]):
-            return _formatted(together(args[0]), args[0])
+            result = together(args[0])
+            return result if together.flatten else _formatted(result, args[0])
         if program.stand_in is not None:
             return getattr(program.stand_in, self.method)(*args)
         if steps is None or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):

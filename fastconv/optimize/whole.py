@@ -44,7 +44,7 @@ class Whole:
 
     @staticmethod
     def serves(x: Tensor) -> bool:
-        return x.dtype is torch.float32 and x.device.type == "cpu" and x.dim() == 4 and x.shape[0] > 0
+        return x.dtype is torch.float32 and x.dim() == 4  # each question costs microseconds: between calls its answer leaves the caches
 
 
 def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:

@@ -1,0 +1,40 @@
+// Notices when the tensors that a plan was made from have been written, moved or replaced.
+//
+// Between two calls a network's data pushes everything else out of the caches, so the check, some hundred tensors, is a walk over cold
+// pointers: 260 us for MobileNet V2 in Python, 6% of its time on two cores. Here their cache lines are asked for all at once, beforehand.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+namespace fastconv {
+
+class Watch {
+ public:
+  // tensors[i] stands in the dictionary owners[i] under keys[i]; the `counted` ones count their in-place writes (_version), the `addressed`
+  // ones are asked for their address as well; `children` are dictionaries whose values must stay the same objects.
+  Watch(pybind11::list tensors, pybind11::list owners, pybind11::list keys, pybind11::list counted, pybind11::list addressed,
+        pybind11::list children);
+  bool unchanged() const;
+
+ private:
+  using Items = std::vector<std::pair<PyObject*, PyObject*>>;
+  void prefetch() const;
+  static Items items(PyObject* dict);
+
+  // Everything below is kept alive by these lists.
+  pybind11::list held_;
+  struct Place {
+    PyObject *tensor, *owner, *key;
+  };
+  std::vector<Place> places_;
+  std::vector<std::pair<PyObject*, long long>> versions_;
+  std::vector<std::pair<PyObject*, unsigned long long>> addresses_;
+  std::vector<std::pair<PyObject*, Items>> children_;
+  std::vector<const char*> lines_, implementations_;
+  std::vector<PyObject*> dicts_;
+};
+
+}  // namespace fastconv
