@@ -33,14 +33,23 @@ class BlockStep : public Step {
     kernel_ = weights_.taps.size(0) == 9 ? 3 : 5;
   }
   const char* op() const override { return op_; }
-  Shape output(const Shape& in) const override {
+  Shape output(const Shape& x) const override {
+    const Shape in = stem_ ? stem_->output(x) : x;
     check_channels(op_, in, in_channels_);
     return {in.n, out_channels_, output_size(op_, "height", in.h, kernel_, stride_[0], padding_[0]),
             output_size(op_, "width", in.w, kernel_, stride_[1], padding_[1])};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override {
     const int64_t expand = weights_.expand_panels ? in.h * in.w * in_channels_ : 0;
-    return in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_);
+    const int64_t stem = stem_ ? stem_->multiply_adds(in, stem_->output(in)) : 0;
+    return stem + in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_);
+  }
+  bool reads_any_format() const override { return stem_ != nullptr; }
+  bool take(std::unique_ptr<const StemStep>& stem, bool residual_is_stem) override {
+    if (weights_.expand_panels || reduced_ > 0) return false;
+    stem_ = std::move(stem);
+    residual_is_stem_ = residual_is_stem;
+    return true;
   }
   void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
     const bool expands = weights_.expand_panels.has_value(), gates = reduced_ > 0;
@@ -51,11 +60,15 @@ class BlockStep : public Step {
     if (gates)
       gate = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
               {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
+    const Shape in = stem_ ? stem_->output(x.shape) : x.shape;
+    StemSource stem;
+    if (stem_) stem = stem_->source(x, in);
     run_inverted_residual(
-        {x.data,
-         x.shape.n,
-         x.shape.h,
-         x.shape.w,
+        {stem_ ? nullptr : x.data,
+         stem_ ? &stem : nullptr,
+         in.n,
+         in.h,
+         in.w,
          in_channels_,
          expands ? &expand : nullptr,
          data(weights_.taps),
@@ -69,7 +82,8 @@ class BlockStep : public Step {
          activations_.depthwise,
          gates ? &gate : nullptr,
          {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project},
-         residual,
+         residual_is_stem_ ? nullptr : residual,
+         residual_is_stem_,
          shape.h,
          shape.w,
          out},
@@ -77,6 +91,8 @@ class BlockStep : public Step {
   }
 
  private:
+  std::unique_ptr<const StemStep> stem_;
+  bool residual_is_stem_ = false;
   const char* op_;
   BlockWeights weights_;
   Ints stride_, padding_;

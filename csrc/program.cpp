@@ -99,14 +99,16 @@ class Program {
  public:
   // Slots; residual -1: none.
   void add(StepPointer step, int64_t x, int64_t residual, int64_t output) {
+    if (steps_.empty()) first_op_ = step->op();
     slots_ = std::max({slots_, x + 1, residual + 1, output + 1});
     steps_.push_back({std::move(step), x, residual, output});
   }
 
   // Slot 0 is the input; the last step's result is the caller's own, so it stands outside the arena.
   Tensor run(const Tensor& x) {
-    check_packed_image(steps_.empty() ? "program" : steps_[0].step->op(), x);
+    check_packed_image(first_op_, x);
     if (steps_.empty()) return x;
+    std::call_once(joined_, [this] { join(); });
     const int64_t batch = x.size(0);
     const Layout layout = plan({1, x.size(1), x.size(2), x.size(3)});
     const Shape& last = layout.shapes.back();
@@ -146,6 +148,24 @@ class Program {
     std::vector<int64_t> slots;  // floats
     int64_t most_floats = 1, multiply_adds = 0;
   };
+
+  // The first layer goes into the step after it where nothing else reads its output, a stem's being the largest of its network.
+  void join() {
+    if (steps_.size() < 2 || steps_[1].x != steps_[0].output) return;
+    const auto* stem = dynamic_cast<const StemStep*>(steps_[0].step.get());
+    const int64_t made = steps_[0].output;
+    if (!stem || (steps_[1].residual >= 0 && steps_[1].residual != made)) return;
+    for (size_t i = 2; i < steps_.size() && steps_[i - 1].output != made; ++i)
+      if (steps_[i].x == made || steps_[i].residual == made) return;
+    std::unique_ptr<const StemStep> taken(static_cast<const StemStep*>(steps_[0].step.release()));
+    if (!steps_[1].step->take(taken, steps_[1].residual == made)) {
+      steps_[0].step.reset(const_cast<StemStep*>(taken.release()));
+      return;
+    }
+    steps_[1].x = steps_[0].x;
+    steps_[1].residual = -1;
+    steps_.erase(steps_.begin());
+  }
 
   Layout plan(const Shape& x) const {
     Layout layout;
@@ -222,7 +242,9 @@ class Program {
   };
 
   std::vector<Placed> steps_;
+  const char* first_op_ = "program";
   int64_t slots_ = 1;
+  std::once_flag joined_;
   std::mutex mutex_;
   std::vector<std::vector<Arena>> idle_;
 };

@@ -30,9 +30,28 @@ class Step {
   virtual int64_t multiply_adds(const Shape& in, const Shape& out) const = 0;
   virtual bool reads_any_format() const { return false; }
   // residual: of the output's shape, or null.
+  // Takes a stem in, to use its rows as they are made: x and residual are the stem's from then on. False: it cannot.
+  virtual bool take(std::unique_ptr<const class StemStep>&, bool residual_is_stem) { return false; }
   virtual void run(const Pixels& x, const float* residual, float* out, const Shape& out_shape, const Parallel& parallel) const = 0;
 };
-using StepPointer = std::unique_ptr<const Step>;
+using StepPointer = std::unique_ptr<Step>;
+
+class StemStep : public Step {
+ public:
+  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation);
+  const char* op() const override { return "stem"; }
+  Shape output(const Shape& in) const override;
+  int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
+  bool reads_any_format() const override { return true; }
+  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override;
+  StemSource source(const Pixels& x, const Shape& shape) const;
+
+ private:
+  Tensor panels_, bias_;
+  Ints kernel_, stride_, padding_;
+  Activation activation_;
+  int64_t in_channels_, out_channels_;
+};
 
 // The packed operators' arguments; weights are checked here, once.
 StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation);

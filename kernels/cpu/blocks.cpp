@@ -127,8 +127,65 @@ void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Para
   });
 }
 
-void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const Parallel& parallel) {
+namespace {
+
+// Where a thread's ring of input rows stands: who goes on at `row` of the same image need not make its halo again.
+struct alignas(64) Ring {
+  int64_t image = -1, row = 0, next = 0;  // next output row, and next input row to make
+
+  void seek(int64_t n, int64_t first_row, int64_t first_input) {
+    if (image != n || row != first_row) *this = {n, first_row, std::max<int64_t>(0, first_input)};
+  }
+  // Makes the input rows up to `last`: make(rows, first slot) for runs that are contiguous in a ring of `slots` rows.
+  template <class F>
+  void fill(int64_t last, int64_t slots, const F& make) {
+    while (next < last) {
+      const int64_t slot = next % slots, count = std::min(last - next, slots - slot);
+      make(Range{next, next + count}, slot);
+      next += count;
+    }
+  }
+};
+
+// Rows of a stem's image n into a ring at `to`, `stride` floats a pixel.
+void make_stem_rows(const StemSource& stem, int64_t n, Range rows, float* to, int64_t stride) {
+  Stem op = stem.image;
+  op.x += n * stem.image_stride;
+  op.out = to - rows.begin * op.out_width * stride;
+  op.out_stride = stride;
+  kernels().stem(op, rows, tile_scratch.floats(op.scratch_floats()));
+}
+
+}  // namespace
+
+void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const StemSource* stem, const Parallel& parallel) {
   const Kernels& k = kernels();
+  if (stem) {
+    std::vector<Ring> rings(parallel.threads());
+    const int64_t stride = padded_stride(image.channels), slots = 3;
+    const int64_t grain = std::clamp<int64_t>(out_height / (Parallel::CHUNKS * parallel.threads()), 1, 4);
+    for (int64_t n = 0; n < batch; ++n)
+      parallel.chunks(out_height, grain, [&](Range rows, int64_t worker) {
+        MaxPool op = image;
+        float* ring = private_scratch.floats(slots * image.width * stride);
+        op.x = ring;
+        op.x_stride = stride;
+        op.x_row_stride = image.width * stride;
+        op.ring_rows = slots;
+        op.out += n * out_height * image.out_width * image.out_stride;
+        Ring& at = rings[worker];
+        at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
+        for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+          at.next = std::max(at.next, oh * op.stride_h - op.pad_h);  // strides past 3 skip rows
+          at.fill(std::min(oh * op.stride_h - op.pad_h + 3, op.height), slots, [&](Range made, int64_t slot) {
+            make_stem_rows(*stem, n, made, ring + slot * op.x_row_stride, stride);
+          });
+          k.max_pool(op, {oh, oh + 1});
+        }
+        at.row = rows.end;
+      });
+    return;
+  }
   split(parallel, batch * out_height, image.out_width * image.channels * 9, [&](Range rows) {
     for_each_image(rows, out_height, [&](int64_t n, Range part) {
       MaxPool op = image;
@@ -314,37 +371,49 @@ struct Block {
     return product(op.project, x, stride, op.out + first_pixel * out, out, op.residual ? op.residual + first_pixel * out : nullptr, out);
   }
 
-  // Where a thread's ring stands: who goes on at `row` of the same image need not expand its halo again.
-  struct alignas(64) Ring {
-    int64_t image = -1, row = 0, next = 0;  // next output row, and next input row to expand
-  };
+  // Whether blocks go depth first, the rows split among so many threads.
+  bool depth_first(int64_t threads) const {
+    return !op.squeeze_excite && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
+  }
 
-  // Depth first: a few output rows at a time go expand -> depthwise -> project, the expanded rows standing in a ring.
+  // Depth first: a few output rows at a time go expand (or stem) -> depthwise -> project, the rows between standing in a ring.
   void rows(int64_t n, Range rows, Ring& at) const {
     const Kernels& k = kernels();
-    const float* x = op.x + n * in_floats;
+    const bool ringed = op.expand || op.stem;
     const int64_t step = std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width));  // 28 pixels: two full tiles of 14
-    const int64_t ring_rows = op.expand ? (step - 1) * op.stride_h + op.kernel : op.height;
-    const int64_t ring_floats = op.expand ? ring_rows * op.width * stride : 0;
+    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
+    const int64_t ring_floats = ringed ? slots * op.width * stride : 0;
     float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
     float* middle = ring + ring_floats;
-    if (at.image != n || at.row != rows.begin) at = {n, rows.begin, std::max<int64_t>(0, rows.begin * op.stride_h - op.pad_h)};
+    at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
+      const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
+      if (ringed) at.next = std::max(at.next, std::max<int64_t>(0, first));  // strides past the kernel skip rows
       if (op.expand) {
-        const int64_t last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
-        while (at.next < last) {
-          const int64_t slot = at.next % ring_rows, count = std::min(last - at.next, ring_rows - slot);
-          k.pointwise(product(*op.expand, x + at.next * op.width * op.in_channels, op.in_channels, ring + slot * op.width * stride, stride),
-                      {0, count * op.width}, {0, panels_for(op.channels)});
-          at.next += count;
-        }
-        k.depthwise(depthwise(ring, stride, ring_rows, middle), {oh, end}, {0, op.channels});
-      } else {
-        k.depthwise(depthwise(x, op.channels, op.height, middle), {oh, end}, {0, op.channels});
+        at.fill(last, slots, [&](Range made, int64_t slot) {
+          const float* from = op.x + n * in_floats + made.begin * op.width * op.in_channels;
+          k.pointwise(product(*op.expand, from, op.in_channels, ring + slot * op.width * stride, stride), {0, made.size() * op.width},
+                      {0, panels_for(op.channels)});
+        });
+      } else if (op.stem) {
+        at.fill(last, slots, [&](Range made, int64_t slot) { make_stem_rows(*op.stem, n, made, ring + slot * op.width * stride, stride); });
       }
-      k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width},
-                  {0, panels_for(op.project.out_channels)});
+      if (ringed)
+        k.depthwise(depthwise(ring, stride, slots, middle), {oh, end}, {0, op.channels});
+      else
+        k.depthwise(depthwise(op.x + n * in_floats, op.channels, op.height, middle), {oh, end}, {0, op.channels});
+      if (op.residual_is_stem) {
+        for (int64_t row = oh; row < end; ++row) {
+          Pointwise last_step = project(middle + (row - oh) * op.out_width * stride, n * out_pixels + row * op.out_width);
+          last_step.epilogue.residual = ring + row % slots * op.width * stride;
+          last_step.epilogue.residual_stride = stride;
+          k.pointwise(last_step, {0, op.out_width}, {0, panels_for(op.project.out_channels)});
+        }
+      } else {
+        k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width},
+                    {0, panels_for(op.project.out_channels)});
+      }
     }
     at.row = rows.end;
   }
@@ -403,7 +472,7 @@ struct Block {
 
   // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
   void serial(Range batch) const {
-    if (!op.squeeze_excite && weight_floats() <= L2_WEIGHTS) {
+    if (depth_first(1)) {
       Ring ring;
       for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height}, ring);
       return;
@@ -418,12 +487,24 @@ struct Block {
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel) {
   const Block block(op);
   const int64_t threads = parallel.threads();
-  if (!parallel.team) return block.serial({0, op.batch});
   const int64_t whole = op.batch - op.batch % threads;  // these go image by image; the rest is split within each image
+  if (op.stem && !(block.depth_first(1) && (whole == op.batch || block.depth_first(threads)))) {
+    InvertedResidual plain = op;
+    StemSource stem = *op.stem;
+    float* input = stem_scratch.floats(op.batch * block.in_floats);
+    stem.image.out = input;
+    run_stem(stem.image, op.batch, stem.image_stride, parallel);
+    plain.x = input;
+    plain.stem = nullptr;
+    plain.residual_is_stem = false;
+    if (op.residual_is_stem) plain.residual = input;
+    return run_inverted_residual(plain, parallel);
+  }
+  if (!parallel.team) return block.serial({0, op.batch});
   parallel.chunks(whole, std::max<int64_t>(1, whole / (4 * threads)), [&](Range images, int64_t) { block.serial(images); });
   for (int64_t n = whole; n < op.batch; ++n) {
-    if (!op.squeeze_excite && block.weight_floats() <= L2_WEIGHTS && op.out_height >= 14 * threads) {
-      std::vector<Block::Ring> rings(threads);
+    if (block.depth_first(threads)) {
+      std::vector<Ring> rings(threads);
       parallel.chunks(op.out_height, 4, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker]); });
     } else {
       block.images({n, n + 1}, parallel, shared_scratch);

@@ -106,10 +106,10 @@ struct Depthwise {
   int64_t out_stride, out_row_stride;
 };
 
-// 3x3 maximum, NaN propagating; windows are clipped at the image's border.
+// 3x3 maximum, NaN propagating; windows are clipped at the image's border. Rows as in Depthwise.
 struct MaxPool {
   const float* x;
-  int64_t x_stride;
+  int64_t x_stride, x_row_stride, ring_rows;
   int64_t height, width, channels;
   int64_t out_width;
   int64_t stride_h, stride_w, pad_h, pad_w;

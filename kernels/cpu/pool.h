@@ -15,12 +15,14 @@ inline void max_pool(const MaxPool& op, Range rows) {
       const int64_t top = oh * op.stride_h - op.pad_h, left = ow * op.stride_w - op.pad_w;
       const int64_t h0 = top < 0 ? 0 : top, h1 = top + 3 > op.height ? op.height : top + 3;
       const int64_t w0 = left < 0 ? 0 : left, w1 = left + 3 > op.width ? op.width : left + 3;
+      const float* rows[3];
+      for (int64_t h = h0; h < h1; ++h) rows[h - h0] = op.x + h % op.ring_rows * op.x_row_stride;
       float* out = op.out + (oh * op.out_width + ow) * op.out_stride;
       for (int64_t c = 0; c < op.channels; c += W) {
         const int64_t n = op.channels - c;
-        vec y = load_up_to(op.x + (h0 * op.width + w0) * op.x_stride + c, n);
-        for (int64_t h = h0; h < h1; ++h)
-          for (int64_t w = w0; w < w1; ++w) y = maximum(y, load_up_to(op.x + (h * op.width + w) * op.x_stride + c, n));
+        vec y = load_up_to(rows[0] + w0 * op.x_stride + c, n);
+        for (int64_t h = 0; h < h1 - h0; ++h)
+          for (int64_t w = w0; w < w1; ++w) y = maximum(y, load_up_to(rows[h] + w * op.x_stride + c, n));
         store_up_to(out + c, y, n);
       }
     }

@@ -27,7 +27,8 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// For what a thread uses alone, for what the calling thread shares with its team, and for transformed tiles beside either.
-inline thread_local Scratch private_scratch, shared_scratch, tile_scratch;
+// For what a thread uses alone, for what the calling thread shares with its team, for transformed tiles or a stem's rows beside either, and
+// for a stem's output that has to stand whole.
+inline thread_local Scratch private_scratch, shared_scratch, tile_scratch, stem_scratch;
 
 }  // namespace fastconv
