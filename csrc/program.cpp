@@ -123,7 +123,7 @@ class Program {
       const int64_t group = std::clamp<int64_t>(GROUP_FLOATS / layout.most_floats, 1, std::max<int64_t>(1, whole / (4 * threads)));
       arenas.resize(threads);
       if (whole > 0)
-        parallel.chunks(whole, group, [&](Range images, int64_t worker) {
+        parallel.pieces(whole, ceil_div(whole, group), [&](Range images, int64_t worker) {
           for (int64_t n = images.begin; n < images.end; n += group)
             run_images(layout, image.data, !direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{});
         });

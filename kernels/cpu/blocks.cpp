@@ -24,32 +24,30 @@ void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
   parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
 }
 
-// `count` things in equal pieces of about `wanted`, which are whole multiples of `unit` or less.
-int64_t pieces_for(int64_t count, int64_t wanted, int64_t unit) {
-  return ceil_div(count, ceil_div(ceil_div(count, wanted), unit) * unit);
-}
-
-// Chunks of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs, and
-// neighbouring chunks go to one thread. Where that gives too few chunks the other side is split as well.
+// Pieces of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs, and
+// neighbouring pieces go to one thread. Where that gives too few the other side is split as well.
 template <class F>
 void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
   const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
   if (!parallel.team || work < SERIAL_WORK) return f(Range{0, pixels}, Range{0, panels});
-  const int64_t most = std::min(Parallel::CHUNKS * parallel.threads(), std::max<int64_t>(1, work / SERIAL_WORK));
   const int64_t tile = kernels().tile_pixels, group = pixels <= 4 ? 4 : 2;  // panels at a time: pointwise.h
+  const int64_t tiles = ceil_div(pixels, tile), groups = ceil_div(panels, group);
+  const int64_t most = parallel.number_for(work, SERIAL_WORK);
   const bool by_panels = out_channels > pixels;
   int64_t rows, columns;
   if (by_panels) {
-    columns = pieces_for(panels, most, group);
-    rows = pieces_for(pixels, ceil_div(std::min(most, Parallel::CHUNKS / 2 * parallel.threads()), columns), tile);
+    columns = std::min(parallel.number_for(groups, 1), most);
+    rows = columns >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / columns, 1, tiles);
   } else {
-    rows = pieces_for(pixels, most, tile);
-    columns = pieces_for(panels, ceil_div(std::min(most, Parallel::CHUNKS / 2 * parallel.threads()), rows), group);
+    rows = std::min(parallel.number_for(tiles, 1), most);
+    columns = rows >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / rows, 1, groups);
   }
-  const int64_t groups = ceil_div(panels, group);
-  parallel.chunks(rows * columns, 1, [&](Range chunk, int64_t) {
-    const int64_t row = by_panels ? chunk.begin % rows : chunk.begin / columns, column = by_panels ? chunk.begin / rows : chunk.begin % columns;
-    f(Range{row * pixels / rows, (row + 1) * pixels / rows},
+  parallel.pieces(rows * columns, rows * columns, [&](Range piece, int64_t) {
+    const int64_t row = by_panels ? piece.begin % rows : piece.begin / columns, column = by_panels ? piece.begin / rows : piece.begin % columns;
+    // Whole tiles where there are many, equal parts where there are few: 49 pixels are 12 + 12 + 12 + 13.
+    const bool whole = tiles >= 2 * rows;
+    f(whole ? Range{row * tiles / rows * tile, std::min((row + 1) * tiles / rows * tile, pixels)}
+            : Range{row * pixels / rows, (row + 1) * pixels / rows},
       Range{column * groups / columns * group, std::min((column + 1) * groups / columns * group, panels)});
   });
 }
@@ -163,9 +161,8 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
   if (stem) {
     std::vector<Ring> rings(parallel.threads());
     const int64_t stride = padded_stride(image.channels), slots = 3;
-    const int64_t grain = std::clamp<int64_t>(out_height / (Parallel::CHUNKS * parallel.threads()), 1, 4);
     for (int64_t n = 0; n < batch; ++n)
-      parallel.chunks(out_height, grain, [&](Range rows, int64_t worker) {
+      parallel.pieces(out_height, parallel.number_for(out_height, 2), [&](Range rows, int64_t worker) {
         MaxPool op = image;
         float* ring = private_scratch.floats(slots * image.width * stride);
         op.x = ring;
@@ -332,7 +329,7 @@ void run_fire(const Fire& op, const Parallel& parallel) {
     return;
   }
   const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / (strip.row_floats() * strip.unit));  // units in a strip that stays in L2
-  parallel.chunks(op.batch * units, std::min(most, units), [&](Range all, int64_t) {
+  parallel.pieces(op.batch * units, parallel.number_for(op.batch * units, std::min(most, units)), [&](Range all, int64_t) {
     for (int64_t u = all.begin; u < all.end;) {
       const int64_t n = u / units, first = u - n * units, last = std::min({first + most, units, first + all.end - u});
       const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
@@ -376,11 +373,14 @@ struct Block {
     return !op.squeeze_excite && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
   }
 
+  // Output rows at a time: 28 pixels are two full tiles of 14.
+  int64_t step() const { return std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width)); }
+
   // Depth first: a few output rows at a time go expand (or stem) -> depthwise -> project, the rows between standing in a ring.
   void rows(int64_t n, Range rows, Ring& at) const {
     const Kernels& k = kernels();
     const bool ringed = op.expand || op.stem;
-    const int64_t step = std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width));  // 28 pixels: two full tiles of 14
+    const int64_t step = this->step();
     const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
     const int64_t ring_floats = ringed ? slots * op.width * stride : 0;
     float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
@@ -501,11 +501,12 @@ void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel)
     return run_inverted_residual(plain, parallel);
   }
   if (!parallel.team) return block.serial({0, op.batch});
-  parallel.chunks(whole, std::max<int64_t>(1, whole / (4 * threads)), [&](Range images, int64_t) { block.serial(images); });
+  parallel.pieces(whole, std::min(whole, 4 * threads), [&](Range images, int64_t) { block.serial(images); });
   for (int64_t n = whole; n < op.batch; ++n) {
     if (block.depth_first(threads)) {
       std::vector<Ring> rings(threads);
-      parallel.chunks(op.out_height, 4, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker]); });
+      const int64_t number = parallel.number_for(op.out_height, std::max<int64_t>(2, block.step()));
+      parallel.pieces(op.out_height, number, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker]); });
     } else {
       block.images({n, n + 1}, parallel, shared_scratch);
     }

@@ -7,6 +7,7 @@
 // No thread waits for one that has not arrived: a leader alone does all chunks itself.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -119,34 +120,40 @@ struct Parallel {
 
   int64_t threads() const { return team ? team->threads() : 1; }
 
-  // Calls f(range, worker) for the chunks of [0, count), `grain` each and the last one shorter. Workers count from 0 to threads() - 1.
+  // Calls f(range, worker) for pieces of [0, count) that together are all of it. Workers count from 0 to threads() - 1.
   template <class F>
-  void chunks(int64_t count, int64_t grain, const F& f) const {
+  void pieces(int64_t count, int64_t number, const F& f) const {
     if (count <= 0) return;
-    if (!team || count <= grain) return f(Range{0, count}, int64_t{0});
+    if (!team || number <= 1) return f(Range{0, count}, int64_t{0});
     struct Loop {
-      int64_t count, grain;
+      int64_t count, number;
       const F& f;
-    } const loop{count, grain, f};
+    } const loop{count, number, f};
     team->run(
-        ceil_div(count, grain),
-        [](const void* context, int64_t chunk, int64_t worker) {
+        number,
+        [](const void* context, int64_t piece, int64_t worker) {
           const Loop& loop = *static_cast<const Loop*>(context);
-          const int64_t begin = chunk * loop.grain, end = begin + loop.grain;
-          loop.f(Range{begin, end < loop.count ? end : loop.count}, worker);
+          loop.f(Range{piece * loop.count / loop.number, (piece + 1) * loop.count / loop.number}, worker);
         },
         &loop);
   }
 
-  // As many chunks as balance needs, of at least `least` things and a multiple of `multiple` each: f(range).
-  template <class F>
-  void split(int64_t count, int64_t least, int64_t multiple, const F& f) const {
-    const int64_t even = ceil_div(count, CHUNKS * threads());
-    const int64_t grain = ceil_div(even > least ? even : least, multiple) * multiple;
-    chunks(count, grain, [&](Range range, int64_t) { f(range); });
+  // How many pieces of at least `least` things each: enough to even out what a slow core leaves, and the same number for every thread.
+  int64_t number_for(int64_t count, int64_t least) const {
+    const int64_t most = std::min(count / std::max<int64_t>(least, 1), PIECES * threads());
+    return most > threads() ? most - most % threads() : std::max<int64_t>(most, 1);
   }
 
-  static constexpr int64_t CHUNKS = 8;  // a thread: one that is slowed down to half its speed holds up the others by 1/16 at most
+  // f(range) for so many pieces, each a whole number of `unit` things.
+  template <class F>
+  void split(int64_t count, int64_t least, int64_t unit, const F& f) const {
+    const int64_t units = ceil_div(count, unit);
+    pieces(units, number_for(units, ceil_div(least, unit)), [&](Range range, int64_t) {
+      f(Range{range.begin * unit, std::min(range.end * unit, count)});
+    });
+  }
+
+  static constexpr int64_t PIECES = 16;  // a thread: one at half its speed holds up the others by 1/32 at most
 };
 
 }  // namespace fastconv

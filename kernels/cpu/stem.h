@@ -32,17 +32,29 @@ inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
   }
 }
 
+// Asks for the input rows that output row `oh` adds: an image comes from memory, and its rows are too short for the hardware to guess.
+inline void fetch_rows(const Stem& op, int64_t oh) {
+  const int64_t end = oh * op.stride_h - op.pad_h + op.kernel_h, last = end < op.height ? end : op.height;
+  const int64_t first = end - op.stride_h < 0 ? 0 : end - op.stride_h, runs = op.pixel_stride == 1 ? op.in_channels : 1;
+  for (int64_t ih = first; ih < last; ++ih)
+    for (int64_t c = 0; c < runs; ++c) {
+      const float* row = op.x + ih * op.row_stride + c * op.channel_stride;
+      for (int64_t i = 0; i < op.width * op.pixel_stride; i += 16) __builtin_prefetch(row + i);
+    }
+}
+
 template <int STEP>
 void stem_rows(const Stem& op, Range rows, float* buffer) {
   constexpr int MAX_DEPTH = 7 * 7 * 4;
   int32_t offsets[MAX_DEPTH];  // packed order (kh, kw, c) -> place in the row buffer
   const int64_t width = op.buffer_width(), depth = op.kernel_h * op.kernel_w * op.in_channels;
-  for (int64_t k = 0; k < depth; ++k) {
-    const int64_t c = k % op.in_channels, kw = k / op.in_channels % op.kernel_w, kh = k / op.in_channels / op.kernel_w;
-    offsets[k] = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
-  }
+  int32_t* offset = offsets;
+  for (int64_t kh = 0; kh < op.kernel_h; ++kh)
+    for (int64_t kw = 0; kw < op.kernel_w; ++kw)
+      for (int64_t c = 0; c < op.in_channels; ++c) *offset++ = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
+    fetch_rows(op, oh + 1);
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_stride, op.out_stride, 0};
     for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false,
                                  [&](auto NV, std::false_type, int64_t column, int64_t columns) {
