@@ -376,15 +376,16 @@ struct Block {
   // Output rows at a time: 28 pixels are two full tiles of 14.
   int64_t step() const { return std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width)); }
 
-  // Depth first: a few output rows at a time go expand (or stem) -> depthwise -> project, the rows between standing in a ring.
-  void rows(int64_t n, Range rows, Ring& at) const {
+  // Depth first: a few output rows at a time go expand (or stem) -> depthwise -> project, the rows between standing in a ring. With `whole`
+  // the depthwise convolution writes its image there and the projection is left out.
+  void rows(int64_t n, Range rows, Ring& at, float* whole = nullptr) const {
     const Kernels& k = kernels();
     const bool ringed = op.expand || op.stem;
     const int64_t step = this->step();
     const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
     const int64_t ring_floats = ringed ? slots * op.width * stride : 0;
     float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
-    float* middle = ring + ring_floats;
+    float* const strip = ring + ring_floats;
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
@@ -399,10 +400,12 @@ struct Block {
       } else if (op.stem) {
         at.fill(last, slots, [&](Range made, int64_t slot) { make_stem_rows(*op.stem, n, made, ring + slot * op.width * stride, stride); });
       }
+      float* const middle = whole ? whole + oh * op.out_width * stride : strip;
       if (ringed)
         k.depthwise(depthwise(ring, stride, slots, middle), {oh, end}, {0, op.channels});
       else
         k.depthwise(depthwise(op.x + n * in_floats, op.channels, op.height, middle), {oh, end}, {0, op.channels});
+      if (whole) continue;
       if (op.residual_is_stem) {
         for (int64_t row = oh; row < end; ++row) {
           Pointwise last_step = project(middle + (row - oh) * op.out_width * stride, n * out_pixels + row * op.out_width);
@@ -422,7 +425,8 @@ struct Block {
   void images(Range batch, const Parallel& parallel, Scratch& scratch) const {
     const Kernels& k = kernels();
     const int64_t count = batch.size(), pixels = count * op.height * op.width, channels = op.channels;
-    const int64_t expanded_floats = op.expand ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
+    const bool by_panels = channels > pixels, in_rows = !by_panels && op.expand && weight_floats() <= L2_WEIGHTS;
+    const int64_t expanded_floats = op.expand && !in_rows ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
     const int64_t reduced = op.squeeze_excite ? op.squeeze_excite->reduce.out_channels : 0;
     float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
     float* middle = expanded + expanded_floats;
@@ -438,32 +442,46 @@ struct Block {
     const auto expand = [&](Range range, Range panels) {
       k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels);
     };
+    const SqueezeExcite* gate = op.squeeze_excite;
+    float* means = middle + middle_floats;
+    float* scales = means + count * channels;
+    float* hidden = scales + count * channels;
+    const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
+    const auto pool = [&](Range panels) {
+      for (int64_t n = 0; n < count; ++n)
+        average(middle + n * out_pixels * stride, stride, out_pixels, channels_of(panels), means + n * channels);
+    };
+
     const Range all_rows{0, count * op.out_height};
-    if (channels > pixels && parallel.team) {
-      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
-        if (op.expand) expand({0, pixels}, panels);
-        run_depthwise(all_rows, {panels.begin * PANEL, std::min(panels.end * PANEL, channels)});
+    const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
+    if (by_panels) {  // channels never meet before the projection: two panels at a time stay in L1
+      parallel.split(panels_for(channels), 2, 2, [&](Range range) {
+        for (int64_t panel = range.begin; panel < range.end; panel += 2) {
+          const Range panels{panel, std::min(panel + 2, range.end)};
+          if (op.expand) expand({0, pixels}, panels);
+          run_depthwise(all_rows, channels_of(panels));
+          if (gate) pool(panels);
+        }
       });
+    } else if (in_rows) {
+      std::vector<Ring> rings(parallel.threads());
+      for (int64_t n = 0; n < count; ++n)
+        parallel.pieces(op.out_height, parallel.number_for(op.out_height, std::max<int64_t>(2, step())), [&](Range part, int64_t worker) {
+          rows(batch.begin + n, part, rings[worker], middle + n * out_pixels * stride);
+        });
     } else {
       if (op.expand) split_product(parallel, pixels, op.in_channels, channels, expand);
-      split(parallel, all_rows.size(), op.out_width * channels * op.kernel * op.kernel, [&](Range rows) { run_depthwise(rows, {0, channels}); });
+      split(parallel, all_rows.size(), depthwise_work, [&](Range range) { run_depthwise(range, {0, channels}); });
     }
 
-    if (op.squeeze_excite) {
-      float* means = middle + middle_floats;
-      float* scales = means + count * channels;
-      float* hidden = scales + count * channels;
-      const SqueezeExcite& gate = *op.squeeze_excite;
-      split(parallel, panels_for(channels), PANEL * count * out_pixels, [&](Range panels) {
-        const Range range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)};
-        for (int64_t n = 0; n < count; ++n) average(middle + n * out_pixels * stride, stride, out_pixels, range, means + n * channels);
-      });
-      run_pointwise(product(gate.reduce, means, channels, hidden, reduced), count, parallel);
-      run_pointwise(product(gate.expand, hidden, reduced, scales, channels), count, parallel);
-      split(parallel, count * out_pixels, channels, [&](Range range) {
-        for_each_image(range, out_pixels, [&](int64_t n, Range part) {
-          k.scale_channels(middle + (n * out_pixels + part.begin) * stride, stride, part.size(), channels, scales + n * channels);
-        });
+    if (gate) {
+      if (!by_panels) split(parallel, panels_for(channels), PANEL * count * out_pixels, pool);
+      run_pointwise(product(gate->reduce, means, channels, hidden, reduced), count, parallel);
+      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {
+        k.pointwise(product(gate->expand, hidden, reduced, scales, channels), {0, count}, panels);
+        const Range range = channels_of(panels);
+        for (int64_t n = 0; n < count; ++n)
+          k.scale_channels(middle + n * out_pixels * stride + range.begin, stride, out_pixels, range.size(), scales + n * channels + range.begin);
       });
     }
     split_product(parallel, count * out_pixels, channels, op.project.out_channels,
@@ -478,7 +496,7 @@ struct Block {
       return;
     }
     const int64_t group = std::max<int64_t>(1, L2_FLOATS / middle_floats());
-    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, Parallel{}, private_scratch);
+    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, Parallel{}, shared_scratch);
   }
 };
 
