@@ -373,6 +373,11 @@ struct Block {
     return !op.squeeze_excite && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
   }
 
+  // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
+  // rings of expanded rows; or layer by layer.
+  bool splits_channels(int64_t count) const { return op.channels > count * op.height * op.width; }
+  bool in_rings(int64_t count) const { return !splits_channels(count) && op.expand && weight_floats() <= L2_WEIGHTS; }
+
   // Output rows at a time: 28 pixels are two full tiles of 14.
   int64_t step() const { return std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width)); }
 
@@ -425,7 +430,7 @@ struct Block {
   void images(Range batch, const Parallel& parallel, Scratch& scratch) const {
     const Kernels& k = kernels();
     const int64_t count = batch.size(), pixels = count * op.height * op.width, channels = op.channels;
-    const bool by_panels = channels > pixels, in_rows = !by_panels && op.expand && weight_floats() <= L2_WEIGHTS;
+    const bool by_panels = splits_channels(count), in_rows = in_rings(count);
     const int64_t expanded_floats = op.expand && !in_rows ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
     const int64_t reduced = op.squeeze_excite ? op.squeeze_excite->reduce.out_channels : 0;
     float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
@@ -454,14 +459,11 @@ struct Block {
 
     const Range all_rows{0, count * op.out_height};
     const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
-    if (by_panels) {  // channels never meet before the projection: two panels at a time stay in L1
-      parallel.split(panels_for(channels), 2, 2, [&](Range range) {
-        for (int64_t panel = range.begin; panel < range.end; panel += 2) {
-          const Range panels{panel, std::min(panel + 2, range.end)};
-          if (op.expand) expand({0, pixels}, panels);
-          run_depthwise(all_rows, channels_of(panels));
-          if (gate) pool(panels);
-        }
+    if (by_panels) {
+      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
+        if (op.expand) expand({0, pixels}, panels);
+        run_depthwise(all_rows, channels_of(panels));
+        if (gate) pool(panels);
       });
     } else if (in_rows) {
       std::vector<Ring> rings(parallel.threads());
@@ -496,7 +498,11 @@ struct Block {
       return;
     }
     const int64_t group = std::max<int64_t>(1, L2_FLOATS / middle_floats());
-    for (int64_t n = batch.begin; n < batch.end; n += group) images({n, std::min(n + group, batch.end)}, Parallel{}, shared_scratch);
+    for (int64_t n = batch.begin; n < batch.end; n += group) {
+      const Range images{n, std::min(n + group, batch.end)};
+      // The memory that other blocks' rings left in L2, where this one needs no ring itself: 4% of MobileNet V2.
+      this->images(images, Parallel{}, in_rings(images.size()) ? shared_scratch : private_scratch);
+    }
   }
 };
 
