@@ -1,6 +1,7 @@
 // inverted_residual, and separable: the same block without its expansion.
 #include "csrc/ops.h"
 #include "csrc/steps.h"
+#include "kernels/cpu/scratch.h"
 
 namespace fastconv {
 
@@ -34,65 +35,102 @@ class BlockStep : public Step {
   }
   const char* op() const override { return op_; }
   Shape output(const Shape& x) const override {
-    const Shape in = stem_ ? stem_->output(x) : x;
+    const Shape in = before_ ? before_->output(x) : x;
     check_channels(op_, in, in_channels_);
     return {in.n, out_channels_, output_size(op_, "height", in.h, kernel_, stride_[0], padding_[0]),
             output_size(op_, "width", in.w, kernel_, stride_[1], padding_[1])};
   }
-  int64_t multiply_adds(const Shape& in, const Shape& out) const override {
+  int64_t multiply_adds(const Shape& x, const Shape& out) const override {
+    const Shape in = before_ ? before_->output(x) : x;
     const int64_t expand = weights_.expand_panels ? in.h * in.w * in_channels_ : 0;
-    const int64_t stem = stem_ ? stem_->multiply_adds(in, stem_->output(in)) : 0;
-    return stem + in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_);
+    return in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_) +
+           (before_ ? before_->multiply_adds(x, in) : 0);
   }
-  bool reads_any_format() const override { return stem_ != nullptr; }
-  bool take(std::unique_ptr<const StemStep>& stem, bool residual_is_stem) override {
-    if (weights_.expand_panels || reduced_ > 0) return false;
-    stem_ = std::move(stem);
-    residual_is_stem_ = residual_is_stem;
+  bool reads_any_format() const override { return before_ && before_->reads_any_format(); }
+
+  // A chain's rings and weights have to stay in L2 together.
+  static constexpr int64_t CHAIN_WEIGHTS = 64 * 1024;
+  bool makes_rows() const override { return reduced_ == 0 && weights() <= CHAIN_WEIGHTS && length() < MAX_LEVELS; }
+  int64_t weights() const override {
+    return channels_ * ((weights_.expand_panels ? in_channels_ : 0) + out_channels_) + (before_ ? before_->weights() : 0);
+  }
+  int length() const override { return 1 + (before_ ? before_->length() : 0); }
+  bool take(StepPointer& before, bool residual_is_before) override {
+    if (reduced_ > 0 || weights() + before->weights() > CHAIN_WEIGHTS || (residual_is_before && weights_.expand_panels)) return false;
+    before_ = std::move(before);
+    residual_is_before_ = residual_is_before;
     return true;
   }
+  std::unique_ptr<RowSource> source(const Pixels& x, const Shape& shape, int64_t threads) const override {
+    class Rows : public RowSource {
+     public:
+      std::unique_ptr<RowSource> before, block;
+      void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override {
+        block->rows(image, rows, to, stride, worker);
+      }
+    };
+    auto made = std::make_unique<Rows>();
+    const Shape in = before_ ? before_->output(x.shape) : x.shape;
+    if (before_) made->before = before_->source(x, in, threads);
+    made->block = block_rows(block(before_ ? nullptr : x.data, made->before.get(), in, nullptr, nullptr, shape), threads, length() - 1);
+    return made;
+  }
+
   void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
-    const bool expands = weights_.expand_panels.has_value(), gates = reduced_ > 0;
-    const std::vector<Tensor>& se = weights_.squeeze_excite;
-    PackedPointwise expand{};
-    SqueezeExcite gate{};
-    if (expands) expand = {data(*weights_.expand_panels), data(*weights_.expand_bias), in_channels_, channels_, activations_.expand};
-    if (gates)
-      gate = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
-              {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
-    const Shape in = stem_ ? stem_->output(x.shape) : x.shape;
-    StemSource stem;
-    if (stem_) stem = stem_->source(x, in);
-    run_inverted_residual(
-        {stem_ ? nullptr : x.data,
-         stem_ ? &stem : nullptr,
-         in.n,
-         in.h,
-         in.w,
-         in_channels_,
-         expands ? &expand : nullptr,
-         data(weights_.taps),
-         data(weights_.depthwise_bias),
-         channels_,
-         kernel_,
-         stride_[0],
-         stride_[1],
-         padding_[0],
-         padding_[1],
-         activations_.depthwise,
-         gates ? &gate : nullptr,
-         {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project},
-         residual_is_stem_ ? nullptr : residual,
-         residual_is_stem_,
-         shape.h,
-         shape.w,
-         out},
-        parallel);
+    if (!before_) return run_inverted_residual(block(x.data, nullptr, x.shape, residual, out, shape), parallel);
+    const Shape in = before_->output(x.shape);
+    InvertedResidual call = block(nullptr, nullptr, in, residual, out, shape);
+    std::unique_ptr<RowSource> source;
+    if (worth_chaining(call, parallel.threads())) {
+      source = before_->source(x, in, parallel.threads());
+      call.source = source.get();
+    } else {
+      float* whole = step_scratch[length()].floats(in.n * in.image());
+      before_->run(x, nullptr, whole, in, parallel);
+      call.x = whole;
+      if (call.residual_is_source) call.residual = whole;
+      call.residual_is_source = false;
+    }
+    run_inverted_residual(call, parallel);
   }
 
  private:
-  std::unique_ptr<const StemStep> stem_;
-  bool residual_is_stem_ = false;
+  InvertedResidual block(const float* x, const RowSource* source, const Shape& in, const float* residual, float* out,
+                         const Shape& shape) const {
+    PackedPointwise expand{};
+    SqueezeExcite gate{};
+    if (weights_.expand_panels)
+      expand = {data(*weights_.expand_panels), data(*weights_.expand_bias), in_channels_, channels_, activations_.expand};
+    if (const std::vector<Tensor>& se = weights_.squeeze_excite; !se.empty())
+      gate = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
+              {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
+    return {x,
+            source,
+            in.n,
+            in.h,
+            in.w,
+            in_channels_,
+            expand,
+            data(weights_.taps),
+            data(weights_.depthwise_bias),
+            channels_,
+            kernel_,
+            stride_[0],
+            stride_[1],
+            padding_[0],
+            padding_[1],
+            activations_.depthwise,
+            gate,
+            {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project},
+            residual,
+            residual_is_before_,
+            shape.h,
+            shape.w,
+            out};
+  }
+
+  StepPointer before_;
+  bool residual_is_before_ = false;
   const char* op_;
   BlockWeights weights_;
   Ints stride_, padding_;

@@ -1,6 +1,7 @@
 // max_pool (3x3) and global_avg_pool.
 #include "csrc/ops.h"
 #include "csrc/steps.h"
+#include "kernels/cpu/scratch.h"
 
 namespace fastconv {
 
@@ -27,30 +28,40 @@ class MaxPoolStep : public Step {
   }
   const char* op() const override { return "max_pool"; }
   Shape output(const Shape& x) const override {
-    const Shape in = stem_ ? stem_->output(x) : x;
+    const Shape in = before_ ? before_->output(x) : x;
     check(in.h > 0 && in.w > 0, op(), "x has no pixels: ", in);
     return {in.n, in.c, pooled_size(op(), "height", in.h, stride_[0], padding_[0], ceil_mode_),
             pooled_size(op(), "width", in.w, stride_[1], padding_[1], ceil_mode_)};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override {  // and comparisons
-    return 9 * out.n * out.image() + (stem_ ? stem_->multiply_adds(in, stem_->output(in)) : 0);
+    return 9 * out.n * out.image() + (before_ ? before_->multiply_adds(in, before_->output(in)) : 0);
   }
-  bool reads_any_format() const override { return stem_ != nullptr; }
-  bool take(std::unique_ptr<const StemStep>& stem, bool) override {
-    stem_ = std::move(stem);
+  bool reads_any_format() const override { return before_ && before_->reads_any_format(); }
+  bool take(StepPointer& before, bool) override {
+    before_ = std::move(before);
     return true;
   }
   void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
-    const Shape in = stem_ ? stem_->output(x.shape) : x.shape;
-    const MaxPool image{stem_ ? nullptr : x.data, in.c, in.w * in.c, in.h, in.h, in.w, in.c, shape.w, stride_[0], stride_[1], padding_[0],
-                        padding_[1], out, in.c};
-    StemSource stem;
-    if (stem_) stem = stem_->source(x, in);
-    run_max_pool(image, in.n, shape.h, stem_ ? &stem : nullptr, parallel);
+    if (!before_) return pool(x, nullptr, out, shape, parallel);
+    const Shape in = before_->output(x.shape);
+    if (worth_chaining(shape.h, parallel.threads())) {
+      const std::unique_ptr<RowSource> source = before_->source(x, in, parallel.threads());
+      return pool({nullptr, in}, source.get(), out, shape, parallel);
+    }
+    float* whole = step_scratch[0].floats(in.n * in.image());
+    before_->run(x, nullptr, whole, in, parallel);
+    pool({whole, in}, nullptr, out, shape, parallel);
   }
 
  private:
-  std::unique_ptr<const StemStep> stem_;
+  void pool(const Pixels& x, const RowSource* source, float* out, const Shape& shape, const Parallel& parallel) const {
+    const Shape& in = x.shape;
+    const MaxPool image{x.data,  in.c,       in.w * in.c, in.h,        in.h,        in.w, in.c,
+                        shape.w, stride_[0], stride_[1],  padding_[0], padding_[1], out,  in.c};
+    run_max_pool(image, in.n, shape.h, source, parallel);
+  }
+
+  StepPointer before_;
   Ints stride_, padding_;
   bool ceil_mode_;
 };

@@ -149,22 +149,27 @@ class Program {
     int64_t most_floats = 1, multiply_adds = 0;
   };
 
-  // The first layer goes into the step after it where nothing else reads its output, a stem's being the largest of its network.
+  // Steps whose output only the next one reads become one with it, where that can use rows as they are made.
   void join() {
-    if (steps_.size() < 2 || steps_[1].x != steps_[0].output) return;
-    const auto* stem = dynamic_cast<const StemStep*>(steps_[0].step.get());
-    const int64_t made = steps_[0].output;
-    if (!stem || (steps_[1].residual >= 0 && steps_[1].residual != made)) return;
-    for (size_t i = 2; i < steps_.size() && steps_[i - 1].output != made; ++i)
-      if (steps_[i].x == made || steps_[i].residual == made) return;
-    std::unique_ptr<const StemStep> taken(static_cast<const StemStep*>(steps_[0].step.release()));
-    if (!steps_[1].step->take(taken, steps_[1].residual == made)) {
-      steps_[0].step.reset(const_cast<StemStep*>(taken.release()));
-      return;
+    for (size_t i = 0; i + 1 < steps_.size();) {
+      Placed &first = steps_[i], &next = steps_[i + 1];
+      const int64_t made = first.output;
+      const bool alone = next.x == made && (next.residual < 0 || next.residual == made) && first.residual < 0 && !read_after(i + 1, made);
+      if (!alone || !first.step->makes_rows() || !next.step->take(first.step, next.residual == made)) {
+        ++i;
+        continue;
+      }
+      next.x = first.x;
+      next.residual = -1;
+      steps_.erase(steps_.begin() + i);
     }
-    steps_[1].x = steps_[0].x;
-    steps_[1].residual = -1;
-    steps_.erase(steps_.begin());
+  }
+
+  // Whether a step after `i` reads the value that stands in this slot after step i has read it.
+  bool read_after(size_t i, int64_t slot) const {
+    for (; i + 1 < steps_.size() && steps_[i].output != slot; ++i)
+      if (steps_[i + 1].x == slot || steps_[i + 1].residual == slot) return true;
+    return false;
   }
 
   Layout plan(const Shape& x) const {

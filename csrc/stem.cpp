@@ -10,62 +10,73 @@ bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) {
   return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7 && kernel_h * kernel_w > 1;
 }
 
+class StemStep : public Step {
+ public:
+  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation)
+      : panels_(std::move(panels)),
+        bias_(std::move(bias)),
+        kernel_(std::move(kernel)),
+        stride_(std::move(stride)),
+        padding_(std::move(padding)),
+        activation_(activation) {
+    check_pair(op(), "kernel_size", kernel_, 1);
+    check_pair(op(), "stride", stride_, 1);
+    check_pair(op(), "padding", padding_, 0);
+    check(panels_.dim() == 3, op(), "panels must be (G, KH * KW * Cin, 16), got ", shape_of{panels_});
+    in_channels_ = panels_.size(1) / (kernel_[0] * kernel_[1]);
+    out_channels_ = check_panels(op(), "panels", panels_, bias_, kernel_[0] * kernel_[1] * in_channels_);
+  }
+  const char* op() const override { return "stem"; }
+  Shape output(const Shape& in) const override {
+    check_channels(op(), in, in_channels_);
+    check(covers(in.c, kernel_[0], kernel_[1]), op(), "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", in, " and (",
+          kernel_[0], ", ", kernel_[1], ")");
+    return {in.n, out_channels_, output_size(op(), "height", in.h, kernel_[0], stride_[0], padding_[0]),
+            output_size(op(), "width", in.w, kernel_[1], stride_[1], padding_[1])};
+  }
+  int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
+  bool reads_any_format() const override { return true; }
+  bool makes_rows() const override { return true; }
+  std::unique_ptr<RowSource> source(const Pixels& x, const Shape& shape, int64_t) const override {
+    return std::make_unique<StemRows>(image(x, shape, nullptr), x.shape.image());
+  }
+  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+    run_stem(image(x, shape, out), x.shape.n, x.shape.image(), parallel);
+  }
+
+ private:
+  Stem image(const Pixels& x, const Shape& shape, float* out) const {
+    const Shape& in = x.shape;
+    const bool last = x.channels_last;
+    return {x.data,
+            last ? 1 : in.h * in.w,
+            last ? in.w * in.c : in.w,
+            last ? in.c : 1,
+            in.h,
+            in.w,
+            in.c,
+            shape.c,
+            shape.h,
+            shape.w,
+            kernel_[0],
+            kernel_[1],
+            stride_[0],
+            stride_[1],
+            padding_[0],
+            padding_[1],
+            data(panels_),
+            {data(bias_), nullptr, 0, activation_},
+            out,
+            shape.c};
+  }
+
+  Tensor panels_, bias_;
+  Ints kernel_, stride_, padding_;
+  Activation activation_;
+  int64_t in_channels_, out_channels_;
+};
+
 }  // namespace
-
-StemStep::StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation)
-    : panels_(std::move(panels)),
-      bias_(std::move(bias)),
-      kernel_(std::move(kernel)),
-      stride_(std::move(stride)),
-      padding_(std::move(padding)),
-      activation_(activation) {
-  check_pair(op(), "kernel_size", kernel_, 1);
-  check_pair(op(), "stride", stride_, 1);
-  check_pair(op(), "padding", padding_, 0);
-  check(panels_.dim() == 3, op(), "panels must be (G, KH * KW * Cin, 16), got ", shape_of{panels_});
-  in_channels_ = panels_.size(1) / (kernel_[0] * kernel_[1]);
-  out_channels_ = check_panels(op(), "panels", panels_, bias_, kernel_[0] * kernel_[1] * in_channels_);
-}
-
-Shape StemStep::output(const Shape& in) const {
-  check_channels(op(), in, in_channels_);
-  check(covers(in.c, kernel_[0], kernel_[1]), op(), "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", in, " and (", kernel_[0],
-        ", ", kernel_[1], ")");
-  return {in.n, out_channels_, output_size(op(), "height", in.h, kernel_[0], stride_[0], padding_[0]),
-          output_size(op(), "width", in.w, kernel_[1], stride_[1], padding_[1])};
-}
-
-StemSource StemStep::source(const Pixels& x, const Shape& shape) const {
-  const auto [n, c, h, w] = x.shape;
-  const bool last = x.channels_last;
-  return {{x.data,
-           last ? 1 : h * w,
-           last ? w * c : w,
-           last ? c : 1,
-           h,
-           w,
-           c,
-           shape.c,
-           shape.h,
-           shape.w,
-           kernel_[0],
-           kernel_[1],
-           stride_[0],
-           stride_[1],
-           padding_[0],
-           padding_[1],
-           data(panels_),
-           {data(bias_), nullptr, 0, activation_},
-           nullptr,
-           shape.c},
-          x.shape.image()};
-}
-
-void StemStep::run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const {
-  StemSource stem = source(x, shape);
-  stem.image.out = out;
-  run_stem(stem.image, x.shape.n, stem.image_stride, parallel);
-}
 
 StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation) {
   return std::make_unique<StemStep>(std::move(panels), std::move(bias), std::move(kernel_size), std::move(stride), std::move(padding),

@@ -30,28 +30,17 @@ class Step {
   virtual int64_t multiply_adds(const Shape& in, const Shape& out) const = 0;
   virtual bool reads_any_format() const { return false; }
   // residual: of the output's shape, or null.
-  // Takes a stem in, to use its rows as they are made: x and residual are the stem's from then on. False: it cannot.
-  virtual bool take(std::unique_ptr<const class StemStep>&, bool residual_is_stem) { return false; }
+  // A chain of steps is one step: the last takes in the one before it and has it make each row just before it is used. Input and output
+  // are the chain's from then on. False: this step cannot, or it would not pay; `before` stays the caller's.
+  virtual bool take(std::unique_ptr<Step>& before, bool residual_is_before) { return false; }
+  // What makes this step's rows, or null where it makes only whole images.
+  virtual std::unique_ptr<RowSource> source(const Pixels& x, const Shape& out_shape, int64_t threads) const { return nullptr; }
+  virtual bool makes_rows() const { return false; }
+  virtual int64_t weights() const { return 0; }  // floats, of the whole chain
+  virtual int length() const { return 1; }       // steps of the chain
   virtual void run(const Pixels& x, const float* residual, float* out, const Shape& out_shape, const Parallel& parallel) const = 0;
 };
 using StepPointer = std::unique_ptr<Step>;
-
-class StemStep : public Step {
- public:
-  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation);
-  const char* op() const override { return "stem"; }
-  Shape output(const Shape& in) const override;
-  int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
-  bool reads_any_format() const override { return true; }
-  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override;
-  StemSource source(const Pixels& x, const Shape& shape) const;
-
- private:
-  Tensor panels_, bias_;
-  Ints kernel_, stride_, padding_;
-  Activation activation_;
-  int64_t in_channels_, out_channels_;
-};
 
 // The packed operators' arguments; weights are checked here, once.
 StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation);

@@ -145,20 +145,19 @@ struct alignas(64) Ring {
   }
 };
 
-// Rows of a stem's image n into a ring at `to`, `stride` floats a pixel.
-void make_stem_rows(const StemSource& stem, int64_t n, Range rows, float* to, int64_t stride) {
-  Stem op = stem.image;
-  op.x += n * stem.image_stride;
+}  // namespace
+
+void StemRows::rows(int64_t image, Range rows, float* to, int64_t stride, int64_t) const {
+  Stem op = image_;
+  op.x += image * image_stride_;
   op.out = to - rows.begin * op.out_width * stride;
   op.out_stride = stride;
   kernels().stem(op, rows, tile_scratch.floats(op.scratch_floats()));
 }
 
-}  // namespace
-
-void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const StemSource* stem, const Parallel& parallel) {
+void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const RowSource* source, const Parallel& parallel) {
   const Kernels& k = kernels();
-  if (stem) {
+  if (source) {
     std::vector<Ring> rings(parallel.threads());
     const int64_t stride = padded_stride(image.channels), slots = 3;
     for (int64_t n = 0; n < batch; ++n)
@@ -175,7 +174,7 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
         for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
           at.next = std::max(at.next, oh * op.stride_h - op.pad_h);  // strides past 3 skip rows
           at.fill(std::min(oh * op.stride_h - op.pad_h + 3, op.height), slots, [&](Range made, int64_t slot) {
-            make_stem_rows(*stem, n, made, ring + slot * op.x_row_stride, stride);
+            source->rows(n, made, ring + slot * op.x_row_stride, stride, worker);
           });
           k.max_pool(op, {oh, oh + 1});
         }
@@ -354,8 +353,8 @@ struct Block {
         out_floats(out_pixels * op.project.out_channels),
         stride(padded_stride(op.channels)) {}
 
-  int64_t weight_floats() const { return op.channels * ((op.expand ? op.in_channels : 0) + op.project.out_channels); }
-  int64_t middle_floats() const { return ((op.expand ? op.height * op.width : 0) + out_pixels) * stride; }
+  int64_t weight_floats() const { return op.channels * ((op.expands() ? op.in_channels : 0) + op.project.out_channels); }
+  int64_t middle_floats() const { return ((op.expands() ? op.height * op.width : 0) + out_pixels) * stride; }
 
   Depthwise depthwise(const float* x, int64_t x_stride, int64_t ring_rows, float* out) const {
     return {x,         x_stride,    op.width * x_stride,  ring_rows, op.height, op.width, op.channels,       op.out_width,
@@ -363,67 +362,78 @@ struct Block {
             out,       stride,      op.out_width * stride};
   }
 
-  Pointwise project(const float* x, int64_t first_pixel) const {
+  Pointwise project(const float* x, float* to, int64_t to_stride, int64_t first_pixel) const {
     const int64_t out = op.project.out_channels;
-    return product(op.project, x, stride, op.out + first_pixel * out, out, op.residual ? op.residual + first_pixel * out : nullptr, out);
+    return product(op.project, x, stride, to, to_stride, op.residual ? op.residual + first_pixel * out : nullptr, out);
   }
 
   // Whether blocks go depth first, the rows split among so many threads.
   bool depth_first(int64_t threads) const {
-    return !op.squeeze_excite && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
+    return !op.gates() && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
   }
 
   // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
   // rings of expanded rows; or layer by layer.
   bool splits_channels(int64_t count) const { return op.channels > count * op.height * op.width; }
-  bool in_rings(int64_t count) const { return !splits_channels(count) && op.expand && weight_floats() <= L2_WEIGHTS; }
+  bool in_rings(int64_t count) const { return !splits_channels(count) && op.expands() && weight_floats() <= L2_WEIGHTS; }
 
   // Output rows at a time: 28 pixels are two full tiles of 14.
   int64_t step() const { return std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width)); }
 
-  // Depth first: a few output rows at a time go expand (or stem) -> depthwise -> project, the rows between standing in a ring. With `whole`
-  // the depthwise convolution writes its image there and the projection is left out.
-  void rows(int64_t n, Range rows, Ring& at, float* whole = nullptr) const {
+  // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to pixels
+  // `to_stride` floats apart. Without `to` the depthwise convolution writes its whole image to `middle` and the projection is left out.
+  void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, int64_t to_stride, float* middle = nullptr) const {
     const Kernels& k = kernels();
-    const bool ringed = op.expand || op.stem;
+    const bool ringed = op.expands() || op.source;
     const int64_t step = this->step();
-    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
-    const int64_t ring_floats = ringed ? slots * op.width * stride : 0;
-    float* ring = private_scratch.floats(ring_floats + step * op.out_width * stride);
+    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height, row_floats = op.width * stride;
+    const int64_t in_stride = padded_stride(op.in_channels), in_row_floats = op.expands() && op.source ? op.width * in_stride : 0;
+    const int64_t ring_floats = ringed ? slots * row_floats : 0;
+    float* const ring = scratch.floats(ring_floats + step * op.out_width * stride + slots * in_row_floats);
     float* const strip = ring + ring_floats;
+    float* const input = strip + step * op.out_width * stride;
+    const auto make = [&](Range made, int64_t slot) {
+      float* const row = ring + slot * row_floats;
+      if (!op.expands()) return op.source->rows(n, made, row, stride, worker);
+      const float* from = op.source ? input : op.x + n * in_floats + made.begin * op.width * op.in_channels;
+      if (op.source) op.source->rows(n, made, input, in_stride, worker);
+      k.pointwise(product(op.expand, from, op.source ? in_stride : op.in_channels, row, stride), {0, made.size() * op.width},
+                  {0, panels_for(op.channels)});
+    };
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
       const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
-      if (ringed) at.next = std::max(at.next, std::max<int64_t>(0, first));  // strides past the kernel skip rows
-      if (op.expand) {
-        at.fill(last, slots, [&](Range made, int64_t slot) {
-          const float* from = op.x + n * in_floats + made.begin * op.width * op.in_channels;
-          k.pointwise(product(*op.expand, from, op.in_channels, ring + slot * op.width * stride, stride), {0, made.size() * op.width},
-                      {0, panels_for(op.channels)});
-        });
-      } else if (op.stem) {
-        at.fill(last, slots, [&](Range made, int64_t slot) { make_stem_rows(*op.stem, n, made, ring + slot * op.width * stride, stride); });
+      if (ringed) {
+        at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
+        at.fill(last, slots, make);
       }
-      float* const middle = whole ? whole + oh * op.out_width * stride : strip;
+      float* const out = middle ? middle + oh * op.out_width * stride : strip;
       if (ringed)
-        k.depthwise(depthwise(ring, stride, slots, middle), {oh, end}, {0, op.channels});
+        k.depthwise(depthwise(ring, stride, slots, out), {oh, end}, {0, op.channels});
       else
-        k.depthwise(depthwise(op.x + n * in_floats, op.channels, op.height, middle), {oh, end}, {0, op.channels});
-      if (whole) continue;
-      if (op.residual_is_stem) {
-        for (int64_t row = oh; row < end; ++row) {
-          Pointwise last_step = project(middle + (row - oh) * op.out_width * stride, n * out_pixels + row * op.out_width);
-          last_step.epilogue.residual = ring + row % slots * op.width * stride;
-          last_step.epilogue.residual_stride = stride;
-          k.pointwise(last_step, {0, op.out_width}, {0, panels_for(op.project.out_channels)});
-        }
-      } else {
-        k.pointwise(project(middle, n * out_pixels + oh * op.out_width), {0, (end - oh) * op.out_width},
-                    {0, panels_for(op.project.out_channels)});
+        k.depthwise(depthwise(op.x + n * in_floats, op.channels, op.height, out), {oh, end}, {0, op.channels});
+      if (!to) continue;
+      float* const first_out = to + (oh - rows.begin) * op.out_width * to_stride;
+      const Range panels{0, panels_for(op.project.out_channels)};
+      Pointwise call = project(out, first_out, to_stride, n * out_pixels + oh * op.out_width);
+      if (!op.residual_is_source) {
+        k.pointwise(call, {0, (end - oh) * op.out_width}, panels);
+        continue;
+      }
+      for (int64_t row = oh; row < end; ++row) {  // the ring's rows are neighbours only up to its end
+        call.epilogue.residual = ring + row % slots * row_floats;
+        call.epilogue.residual_stride = stride;
+        k.pointwise(call, {0, op.out_width}, panels);
+        call.x += op.out_width * stride;
+        call.out += op.out_width * to_stride;
       }
     }
     at.row = rows.end;
+  }
+  void rows(int64_t n, Range range, Ring& at, int64_t worker) const {
+    const int64_t out = op.project.out_channels;
+    rows(n, range, at, worker, private_scratch, op.out + (n * out_pixels + range.begin * op.out_width) * out, out);
   }
 
   // Layer by layer over whole images, each layer split over the team; a thread keeps its channels or rows through the first two.
@@ -431,23 +441,23 @@ struct Block {
     const Kernels& k = kernels();
     const int64_t count = batch.size(), pixels = count * op.height * op.width, channels = op.channels;
     const bool by_panels = splits_channels(count), in_rows = in_rings(count);
-    const int64_t expanded_floats = op.expand && !in_rows ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
-    const int64_t reduced = op.squeeze_excite ? op.squeeze_excite->reduce.out_channels : 0;
+    const int64_t expanded_floats = op.expands() && !in_rows ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
+    const int64_t reduced = op.gates() ? op.squeeze_excite.reduce.out_channels : 0;
     float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
     float* middle = expanded + expanded_floats;
     const float* x = op.x + batch.begin * in_floats;
 
     const auto run_depthwise = [&](Range image_rows, Range range) {
       for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
-        const float* source = op.expand ? expanded + n * op.height * op.width * stride : x + n * in_floats;
+        const float* source = op.expands() ? expanded + n * op.height * op.width * stride : x + n * in_floats;
         float* out = middle + (n * out_pixels + part.begin * op.out_width) * stride;
-        k.depthwise(depthwise(source, op.expand ? stride : channels, op.height, out), part, range);
+        k.depthwise(depthwise(source, op.expands() ? stride : channels, op.height, out), part, range);
       });
     };
     const auto expand = [&](Range range, Range panels) {
-      k.pointwise(product(*op.expand, x, op.in_channels, expanded, stride), range, panels);
+      k.pointwise(product(op.expand, x, op.in_channels, expanded, stride), range, panels);
     };
-    const SqueezeExcite* gate = op.squeeze_excite;
+    const SqueezeExcite* gate = op.gates() ? &op.squeeze_excite : nullptr;
     float* means = middle + middle_floats;
     float* scales = means + count * channels;
     float* hidden = scales + count * channels;
@@ -461,7 +471,7 @@ struct Block {
     const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
     if (by_panels) {
       parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
-        if (op.expand) expand({0, pixels}, panels);
+        if (op.expands()) expand({0, pixels}, panels);
         run_depthwise(all_rows, channels_of(panels));
         if (gate) pool(panels);
       });
@@ -469,10 +479,10 @@ struct Block {
       std::vector<Ring> rings(parallel.threads());
       for (int64_t n = 0; n < count; ++n)
         parallel.pieces(op.out_height, parallel.number_for(op.out_height, std::max<int64_t>(2, step())), [&](Range part, int64_t worker) {
-          rows(batch.begin + n, part, rings[worker], middle + n * out_pixels * stride);
+          rows(batch.begin + n, part, rings[worker], worker, private_scratch, nullptr, 0, middle + n * out_pixels * stride);
         });
     } else {
-      if (op.expand) split_product(parallel, pixels, op.in_channels, channels, expand);
+      if (op.expands()) split_product(parallel, pixels, op.in_channels, channels, expand);
       split(parallel, all_rows.size(), depthwise_work, [&](Range range) { run_depthwise(range, {0, channels}); });
     }
 
@@ -486,15 +496,16 @@ struct Block {
           k.scale_channels(middle + n * out_pixels * stride + range.begin, stride, out_pixels, range.size(), scales + n * channels + range.begin);
       });
     }
-    split_product(parallel, count * out_pixels, channels, op.project.out_channels,
-                  [&](Range range, Range panels) { k.pointwise(project(middle, batch.begin * out_pixels), range, panels); });
+    const int64_t out = op.project.out_channels;
+    const Pointwise last = project(middle, op.out + batch.begin * out_floats, out, batch.begin * out_pixels);
+    split_product(parallel, count * out_pixels, channels, out, [&](Range range, Range panels) { k.pointwise(last, range, panels); });
   }
 
   // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
   void serial(Range batch) const {
     if (depth_first(1)) {
       Ring ring;
-      for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height}, ring);
+      for (int64_t n = batch.begin; n < batch.end; ++n) rows(n, {0, op.out_height}, ring, 0);
       return;
     }
     const int64_t group = std::max<int64_t>(1, L2_FLOATS / middle_floats());
@@ -506,31 +517,44 @@ struct Block {
   }
 };
 
+class BlockRows : public RowSource {
+ public:
+  BlockRows(const InvertedResidual& op, int64_t threads, int level) : op_(op), block_(op_), rings_(threads), level_(level) {}
+  void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override {
+    block_.rows(image, rows, rings_[worker], worker, ring_scratch[level_], to, stride);
+  }
+
+ private:
+  const InvertedResidual op_;
+  const Block block_;
+  mutable std::vector<Ring> rings_;  // one a worker
+  const int level_;
+};
+
 }  // namespace
+
+bool worth_chaining(const InvertedResidual& block, int64_t threads) {
+  if (block.gates() || Block(block).weight_floats() > L2_WEIGHTS) return false;
+  // An expansion makes halos dear: chained on two threads MobileNet V2 and V3-L lost 4%, on one they gained 2% and 5%.
+  return threads == 1 || (!block.expands() && block.out_height >= 28 * threads);
+}
+bool worth_chaining(int64_t pool_out_height, int64_t threads) { return threads == 1 || pool_out_height >= 14 * threads; }
+
+std::unique_ptr<RowSource> block_rows(const InvertedResidual& block, int64_t threads, int level) {
+  return std::make_unique<BlockRows>(block, threads, level);
+}
 
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel) {
   const Block block(op);
   const int64_t threads = parallel.threads();
-  const int64_t whole = op.batch - op.batch % threads;  // these go image by image; the rest is split within each image
-  if (op.stem && !(block.depth_first(1) && (whole == op.batch || block.depth_first(threads)))) {
-    InvertedResidual plain = op;
-    StemSource stem = *op.stem;
-    float* input = stem_scratch.floats(op.batch * block.in_floats);
-    stem.image.out = input;
-    run_stem(stem.image, op.batch, stem.image_stride, parallel);
-    plain.x = input;
-    plain.stem = nullptr;
-    plain.residual_is_stem = false;
-    if (op.residual_is_stem) plain.residual = input;
-    return run_inverted_residual(plain, parallel);
-  }
   if (!parallel.team) return block.serial({0, op.batch});
+  const int64_t whole = op.source ? 0 : op.batch - op.batch % threads;  // these go image by image; the rest is split within each image
   parallel.pieces(whole, std::min(whole, 4 * threads), [&](Range images, int64_t) { block.serial(images); });
   for (int64_t n = whole; n < op.batch; ++n) {
-    if (block.depth_first(threads)) {
+    if (op.source || block.depth_first(threads)) {
       std::vector<Ring> rings(threads);
       const int64_t number = parallel.number_for(op.out_height, std::max<int64_t>(2, block.step()));
-      parallel.pieces(op.out_height, number, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker]); });
+      parallel.pieces(op.out_height, number, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker], worker); });
     } else {
       block.images({n, n + 1}, parallel, shared_scratch);
     }

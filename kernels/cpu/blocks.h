@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel.h"
@@ -32,36 +33,57 @@ struct SqueezeExcite {
   PackedPointwise reduce, expand;  // activations: squeeze's and the gate's
 };
 
-// A stem whose rows are used as they are made: they stand in a ring, and its whole output never in memory. `image.out` is not used.
-struct StemSource {
-  Stem image;
-  int64_t image_stride;  // floats between the batch's images
+// Makes rows of an image just before they are used, so that it never stands in memory: a stem's, or a block's.
+class RowSource {
+ public:
+  virtual ~RowSource() = default;
+  // Rows of one of the batch's images to `to`, pixels `stride` floats apart. A worker is a thread of the team; going on where the same
+  // worker stopped costs least.
+  virtual void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const = 0;
+};
+
+class StemRows : public RowSource {
+ public:
+  StemRows(const Stem& image, int64_t image_stride) : image_(image), image_stride_(image_stride) {}
+  void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override;
+
+ private:
+  Stem image_;  // its `out` is not used
+  int64_t image_stride_;
 };
 
 struct InvertedResidual {
-  const float* x;           // or null, where `stem` makes the input
-  const StemSource* stem;   // or null; only without expand
+  const float* x;           // or null, where `source` makes the input
+  const RowSource* source;  // or null
   int64_t batch, height, width, in_channels;
-  const PackedPointwise* expand;  // or null
+  PackedPointwise expand;  // panels null: none
   const float* taps;
   const float* depthwise_bias;
   int64_t channels;  // of the depthwise convolution
   int64_t kernel, stride_h, stride_w, pad_h, pad_w;
   Activation depthwise_activation;
-  const SqueezeExcite* squeeze_excite;  // or null
+  SqueezeExcite squeeze_excite;  // reduce.panels null: none
   PackedPointwise project;
   const float* residual;  // or null; (batch, out_height, out_width, out channels)
-  bool residual_is_stem;  // the stem's output is added
+  bool residual_is_source;  // what the source makes is added; without expand only
   int64_t out_height, out_width;
   float* out;
+  bool expands() const { return expand.panels != nullptr; }
+  bool gates() const { return squeeze_excite.reduce.panels != nullptr; }
 };
+
+// Whether rows made on demand are worth their halos, which every thread makes anew where its rows begin.
+bool worth_chaining(const InvertedResidual& block, int64_t threads);
+bool worth_chaining(int64_t pool_out_height, int64_t threads);
+// The rows of a block's output, for what comes after it. level: distinct among sources that are in use at a time, from 0 to 7.
+std::unique_ptr<RowSource> block_rows(const InvertedResidual& block, int64_t threads, int level);
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel);
 void run_conv(const Conv& image, int64_t batch, const Parallel& parallel);
 void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, const Parallel& parallel);
 void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel);
-// stem: makes the rows of image.x, which is null then.
-void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const StemSource* stem, const Parallel& parallel);
+// source: makes the rows of image.x, which is null then; or null.
+void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const RowSource* source, const Parallel& parallel);
 void run_global_avg_pool(const float* x, int64_t batch, int64_t pixels, int64_t channels, float* out, const Parallel& parallel);
 void run_fire(const Fire& op, const Parallel& parallel);
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel);

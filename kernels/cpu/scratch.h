@@ -27,8 +27,10 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// For what a thread uses alone, for what the calling thread shares with its team, for transformed tiles or a stem's rows beside either, and
-// for a stem's output that has to stand whole.
-inline thread_local Scratch private_scratch, shared_scratch, tile_scratch, stem_scratch;
+// For what a thread uses alone, for what the calling thread shares with its team, and for transformed tiles or a stem's rows beside either.
+inline thread_local Scratch private_scratch, shared_scratch, tile_scratch;
+// The rings of blocks whose rows are made on demand, by level, and images between steps that had to be made whole after all.
+constexpr int MAX_LEVELS = 8;
+inline thread_local Scratch ring_scratch[MAX_LEVELS], step_scratch[MAX_LEVELS + 1];
 
 }  // namespace fastconv
