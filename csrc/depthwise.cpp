@@ -22,9 +22,9 @@ class DepthwiseStep : public Step {
   int64_t multiply_adds(const Shape&, const Shape& out) const override { return kernel_ * kernel_ * out.n * out.image(); }
   void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
     const Shape& in = x.shape;
-    const Depthwise image{x.data,  in.c,       in.w * in.c, in.h,        in.h,        in.w,        in.c,        shape.w,
-                          kernel_, stride_[0], stride_[1],  padding_[0], padding_[1], data(taps_), data(bias_), activation_,
-                          out,     in.c,       shape.w * in.c};
+    const Depthwise image{x.data,      in.c,        in.w * in.c, in.h,       in.h,          in.w,        in.c,
+                          shape.w,     kernel_,     stride_[0],  stride_[1], padding_[0],   padding_[1], data(taps_),
+                          data(bias_), activation_, out,         in.c,       shape.w * in.c};
     run_depthwise(image, in.n, shape.h, parallel);
   }
 

@@ -12,9 +12,7 @@ void check_expand3x3(const char* op, const Tensor& weight, int64_t squeezed, con
   check_like(op, "weight3x3", weight, x);
 }
 
-void check_some_pixels(const char* op, const Shape& x) {
-  check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x);
-}
+void check_some_pixels(const char* op, const Shape& x) { check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x); }
 
 Tensor aten_expand(const Tensor& x, const Tensor& weight1x1, const OptionalTensor& bias1x1, const Tensor& weight3x3,
                    const OptionalTensor& bias3x3) {
@@ -147,10 +145,10 @@ Tensor fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor
     const Tensor squeeze = aten::conv_act(x, squeeze_weight, squeeze_bias, {1, 1}, {0, 0}, 1, "relu");
     return aten::formatted_like(aten_expand(squeeze, weight1x1, bias1x1, weight3x3, bias3x3), x);
   }
-  return run_step(FireStep(pack_panels(squeeze_weight), bias_or_zeros(squeeze_bias, squeezed), pack_panels(weight1x1),
-                           bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)),
-                           std::nullopt),
-                  x, std::nullopt, Output::like_input);
+  return run_step(
+      FireStep(pack_panels(squeeze_weight), bias_or_zeros(squeeze_bias, squeezed), pack_panels(weight1x1),
+               bias_or_zeros(bias1x1, weight1x1.size(0)), pack_panels(weight3x3), bias_or_zeros(bias3x3, weight3x3.size(0)), std::nullopt),
+      x, std::nullopt, Output::like_input);
 }
 
 Tensor fire_packed(Tensor x, Tensor squeeze_panels, Tensor squeeze_bias, Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3,

@@ -184,12 +184,12 @@ Tensor separable(Tensor x, Tensor depthwise_weight, OptionalTensor depthwise_bia
     return aten::formatted_like(aten::conv_act(middle, pointwise_weight, pointwise_bias, {1, 1}, {0, 0}, 1, activation, residual), x);
   }
   const BlockWeights weights{std::nullopt,
-                        std::nullopt,
-                        pack_taps(depthwise_weight),
-                        bias_or_zeros(depthwise_bias, x.size(1)),
-                        {},
-                        pack_panels(pointwise_weight),
-                        bias_or_zeros(pointwise_bias, pointwise_weight.size(0))};
+                             std::nullopt,
+                             pack_taps(depthwise_weight),
+                             bias_or_zeros(depthwise_bias, x.size(1)),
+                             {},
+                             pack_panels(pointwise_weight),
+                             bias_or_zeros(pointwise_bias, pointwise_weight.size(0))};
   return run_step(BlockStep(op, weights, activations, stride, padding), x, residual, Output::like_input);
 }
 
@@ -220,12 +220,12 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
     return aten::formatted_like(aten::conv_act(middle, project_weight, project_bias, {1, 1}, {0, 0}, 1, std::nullopt, added), x);
   }
   const BlockWeights weights{pack_panels(expand_weight),
-                        bias_or_zeros(expand_bias, channels),
-                        pack_taps(depthwise_weight),
-                        bias_or_zeros(depthwise_bias, channels),
-                        {},
-                        pack_panels(project_weight),
-                        bias_or_zeros(project_bias, project_weight.size(0))};
+                             bias_or_zeros(expand_bias, channels),
+                             pack_taps(depthwise_weight),
+                             bias_or_zeros(depthwise_bias, channels),
+                             {},
+                             pack_panels(project_weight),
+                             bias_or_zeros(project_bias, project_weight.size(0))};
   return run_step(BlockStep(op, weights, {parsed, parsed, {}, {}, Activation::none}, stride, padding), x, added, Output::like_input);
 }
 
@@ -233,11 +233,11 @@ Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, Optional
                                 std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual,
                                 Ints stride, Ints padding, OptionalString expand_activation, OptionalString depthwise_activation,
                                 OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation) {
-  return run_step(BlockStep("inverted_residual",
-                            {expand_panels, expand_bias, taps, depthwise_bias, squeeze_excite, project_panels, project_bias},
-                            parse_activations(expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation), stride,
-                            padding),
-                  x, residual, Output::channels_last);
+  return run_step(
+      BlockStep("inverted_residual", {expand_panels, expand_bias, taps, depthwise_bias, squeeze_excite, project_panels, project_bias},
+                parse_activations(expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation), stride,
+                padding),
+      x, residual, Output::channels_last);
 }
 
 }  // namespace fastconv

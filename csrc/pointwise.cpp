@@ -20,8 +20,9 @@ class PointwiseStep : public Step {
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }
   void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
     const int64_t in_channels = x.shape.c;
-    const Pointwise call{x.data, in_channels,   in_channels, out_channels_, data(panels_), {data(bias_), residual, out_channels_, activation_},
-                         out,    out_channels_};
+    const Pointwise call{x.data,        in_channels,   in_channels,
+                         out_channels_, data(panels_), {data(bias_), residual, out_channels_, activation_},
+                         out,           out_channels_};
     run_pointwise(call, shape.n * shape.h * shape.w, parallel);
   }
 

@@ -97,8 +97,9 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
   if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3)))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, 1, activation), x);
-  return run_step(StemStep(pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed),
-                  x, std::nullopt, Output::like_input);
+  return run_step(
+      StemStep(pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed), x,
+      std::nullopt, Output::like_input);
 }
 
 Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation) {

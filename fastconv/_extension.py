@@ -13,6 +13,7 @@ import sys
 import warnings
 
 BACKENDS = ("auto", "aten", "cpu", "triton")
+INTERFACE = 1  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
 
 
 def _requested_backend() -> str:
@@ -37,6 +38,9 @@ def _load() -> str | None:
         if os.environ.get("FASTCONV_ISA"):  # a forced instruction set that cannot serve is an error, never a fallback
             raise RuntimeError(str(error)) from error
         return str(error)
+    built = getattr(sys.modules["fastconv._C"], "interface", None)
+    if built != INTERFACE:
+        return f"it was built from other sources than these (interface {built}, wanted {INTERFACE}): build it again"
     return None
 
 

@@ -61,3 +61,19 @@ def test_the_core_equals_plain_loops_on_integers(tmp_path):
 def test_the_aarch64_core_equals_plain_loops_under_qemu(tmp_path):
     program = build("aarch64-linux-gnu-g++", {"scalar": [], "neon": []}, tmp_path)
     check(["qemu-aarch64", str(program)], ["scalar", "neon"])
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++").split()[-1]) is None, reason="compiles C++")
+@pytest.mark.parametrize("sanitizer", [None, "thread"])
+def test_a_team_runs_every_piece_once(tmp_path, sanitizer):
+    program = tmp_path / "check_team"
+    flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
+    command = [*os.environ.get("CXX", "g++").split(), "-std=c++20", "-O1", "-g", *flags, f"-I{ROOT}", "-pthread"]
+    built = subprocess.run([*command, str(ROOT / "tests/core/check_team.cpp"), "-o", str(program)], capture_output=True, text=True)
+    if built.returncode and sanitizer:
+        pytest.skip(f"no {sanitizer} sanitizer here")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program), "300"], capture_output=True, text=True, timeout=300)
+    if sanitizer and "unexpected memory mapping" in done.stderr:
+        pytest.skip("this kernel's address layout is not one the sanitizer knows")
+    assert done.returncode == 0 and done.stdout == "ok\n", done.stdout + done.stderr

@@ -40,6 +40,33 @@ def test_same_bits_as_the_steps(name, shape):
     assert expected.shape == (shape[0], 10)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_1"])
+def test_same_bits_however_rows_and_images_are_split(name, threads):
+    """Chains of blocks, rings and whole images a thread: which of them serve depends on the threads, the size and the batch."""
+    fast = optimized(name, num_classes=10)
+    steps = by_steps(fast)
+    x = torch.randn(5, 3, 224, 192)
+    threads(1)
+    expected = steps(x)
+    for number in (1, 2, 3, 7):
+        threads(number)
+        assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x[:1]), expected[:1])
+        assert torch.equal(fast(x[:2].contiguous(memory_format=torch.channels_last)), expected[:2])
+
+
+def test_an_empty_batch_has_an_empty_result():
+    assert optimized("mobilenet_v2", num_classes=5)(torch.randn(0, 3, 64, 64)).shape == (0, 5)
+
+
 def test_shapes_may_change_between_calls():
     fast = optimized("squeezenet1_1", num_classes=7)
     steps = by_steps(fast)

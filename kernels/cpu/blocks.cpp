@@ -11,7 +11,7 @@ namespace fastconv {
 
 namespace {
 
-// Below this many multiply-adds (half a microsecond) a loop's opening and closing costs more than it saves, and so do smaller chunks.
+// Below this many multiply-adds (half a microsecond) a loop's opening and closing costs more than it saves, and so do smaller pieces.
 constexpr int64_t SERIAL_WORK = 64 * 1024;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
@@ -24,8 +24,8 @@ void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
   parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
 }
 
-// Pieces of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs, and
-// neighbouring pieces go to one thread. Where that gives too few the other side is split as well.
+// Pieces of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs,
+// and neighbouring pieces go to one thread. Where that gives too few the other side is split as well.
 template <class F>
 void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
   const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
@@ -43,7 +43,8 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int6
     columns = rows >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / rows, 1, groups);
   }
   parallel.pieces(rows * columns, rows * columns, [&](Range piece, int64_t) {
-    const int64_t row = by_panels ? piece.begin % rows : piece.begin / columns, column = by_panels ? piece.begin / rows : piece.begin % columns;
+    const int64_t row = by_panels ? piece.begin % rows : piece.begin / columns,
+                  column = by_panels ? piece.begin / rows : piece.begin % columns;
     // Whole tiles where there are many, equal parts where there are few: 49 pixels are 12 + 12 + 12 + 13.
     const bool whole = tiles >= 2 * rows;
     f(whole ? Range{row * tiles / rows * tile, std::min((row + 1) * tiles / rows * tile, pixels)}
@@ -173,9 +174,8 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
         at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
         for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
           at.next = std::max(at.next, oh * op.stride_h - op.pad_h);  // strides past 3 skip rows
-          at.fill(std::min(oh * op.stride_h - op.pad_h + 3, op.height), slots, [&](Range made, int64_t slot) {
-            source->rows(n, made, ring + slot * op.x_row_stride, stride, worker);
-          });
+          at.fill(std::min(oh * op.stride_h - op.pad_h + 3, op.height), slots,
+                  [&](Range made, int64_t slot) { source->rows(n, made, ring + slot * op.x_row_stride, stride, worker); });
           k.max_pool(op, {oh, oh + 1});
         }
         at.row = rows.end;
@@ -382,7 +382,8 @@ struct Block {
 
   // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to pixels
   // `to_stride` floats apart. Without `to` the depthwise convolution writes its whole image to `middle` and the projection is left out.
-  void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, int64_t to_stride, float* middle = nullptr) const {
+  void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, int64_t to_stride,
+            float* middle = nullptr) const {
     const Kernels& k = kernels();
     const bool ringed = op.expands() || op.source;
     const int64_t step = this->step();
@@ -493,7 +494,8 @@ struct Block {
         k.pointwise(product(gate->expand, hidden, reduced, scales, channels), {0, count}, panels);
         const Range range = channels_of(panels);
         for (int64_t n = 0; n < count; ++n)
-          k.scale_channels(middle + n * out_pixels * stride + range.begin, stride, out_pixels, range.size(), scales + n * channels + range.begin);
+          k.scale_channels(middle + n * out_pixels * stride + range.begin, stride, out_pixels, range.size(),
+                           scales + n * channels + range.begin);
       });
     }
     const int64_t out = op.project.out_channels;

@@ -64,7 +64,7 @@ struct InvertedResidual {
   Activation depthwise_activation;
   SqueezeExcite squeeze_excite;  // reduce.panels null: none
   PackedPointwise project;
-  const float* residual;  // or null; (batch, out_height, out_width, out channels)
+  const float* residual;    // or null; (batch, out_height, out_width, out channels)
   bool residual_is_source;  // what the source makes is added; without expand only
   int64_t out_height, out_width;
   float* out;

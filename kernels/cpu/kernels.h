@@ -125,7 +125,7 @@ struct KernelInfo {
 struct Kernels {
   const char* isa;
   KernelInfo info[8];
-  int64_t tile_pixels;  // of pointwise: chunks of so many, or a multiple, waste nothing
+  int64_t tile_pixels;  // of pointwise: pieces of so many, or a multiple, waste nothing
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);

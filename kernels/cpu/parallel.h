@@ -1,10 +1,10 @@
 // How the core runs things in parallel without knowing torch: a team of threads that the binding brings together once, for one operator
 // or a whole network, and that shares the loops of its leader.
 //
-// A loop's chunks are dealt out as one run of neighbours a thread, the same from loop to loop, so that a thread finds in its caches what
-// it wrote before; who is done takes chunks from the far end of another's run. A core that a neighbour slows down thus costs its speed,
+// A loop's pieces are dealt out as one run of neighbours a thread, the same from loop to loop, so that a thread finds in its caches what
+// it wrote before; who is done takes pieces from the far end of another's run. A core that a neighbour slows down thus costs its speed,
 // not a wait: with fixed halves, MobileNet V3-L took 5.8 ms on two threads and 6.2 ms on one while a neighbour was busy.
-// No thread waits for one that has not arrived: a leader alone does all chunks itself.
+// No thread waits for one that has not arrived: a leader alone does all pieces itself.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ inline void spin_hint() {
 
 class Team {
  public:
-  using Body = void (*)(const void* context, int64_t chunk, int64_t worker);
+  using Body = void (*)(const void* context, int64_t piece, int64_t worker);
 
   explicit Team(int64_t threads) : threads_(threads), shares_(new Share[threads]) {}
 
@@ -57,10 +57,10 @@ class Team {
     }
   }
 
-  // The leader's, worker 0: returns when every chunk has run. Throws what a chunk threw.
-  void run(int64_t chunks, Body body, const void* context) {
+  // The leader's, worker 0: returns when every piece has run. Throws what a piece threw.
+  void run(int64_t pieces, Body body, const void* context) {
     for (int64_t t = 0; t < threads_; ++t) {
-      const int64_t begin = t * chunks / threads_, end = (t + 1) * chunks / threads_;
+      const int64_t begin = t * pieces / threads_, end = (t + 1) * pieces / threads_;
       shares_[t].begin.store(begin, std::memory_order_relaxed);
       shares_[t].end.store(end, std::memory_order_relaxed);
       shares_[t].left.store(end - begin, std::memory_order_relaxed);
@@ -98,7 +98,7 @@ class Team {
         while (other.left.load(std::memory_order_relaxed) > 0 && other.left.fetch_sub(1) > 0)
           body_(context_, other.end.fetch_sub(1) - 1, worker);
       }
-    } catch (...) {  // the chunks that are left go to the others
+    } catch (...) {  // the pieces that are left go to the others
       const std::lock_guard<std::mutex> lock(failing_);
       failure_ = std::current_exception();
     }
@@ -148,9 +148,8 @@ struct Parallel {
   template <class F>
   void split(int64_t count, int64_t least, int64_t unit, const F& f) const {
     const int64_t units = ceil_div(count, unit);
-    pieces(units, number_for(units, ceil_div(least, unit)), [&](Range range, int64_t) {
-      f(Range{range.begin * unit, std::min(range.end * unit, count)});
-    });
+    pieces(units, number_for(units, ceil_div(least, unit)),
+           [&](Range range, int64_t) { f(Range{range.begin * unit, std::min(range.end * unit, count)}); });
   }
 
   static constexpr int64_t PIECES = 16;  // a thread: one at half its speed holds up the others by 1/32 at most

@@ -27,7 +27,7 @@ constexpr int max_rows() {
   return 2;
 }
 constexpr int AHEAD_LINES = 2;  // fetched for every UNROLL of depth
-constexpr int UNROLL = 4;  // of the depth: addresses become displacements
+constexpr int UNROLL = 4;       // of the depth: addresses become displacements
 constexpr int MAX_NV = W == 16 ? 4 : W == 8 ? 2 : 4;
 
 // Rows whose pixels stand a fixed stride apart. Each segment is a run of `depth` inputs: one for pointwise; for a convolution over a padded
