@@ -76,4 +76,4 @@ def test_a_team_runs_every_piece_once(tmp_path, sanitizer):
     done = subprocess.run([str(program), "300"], capture_output=True, text=True, timeout=300)
     if sanitizer and "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's address layout is not one the sanitizer knows")
-    assert done.returncode == 0 and done.stdout == "ok\n", done.stdout + done.stderr
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr

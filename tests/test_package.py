@@ -225,7 +225,12 @@ def test_the_public_names_do_not_depend_on_what_was_imported_first(first):
 
 
 def test_an_extension_of_other_sources_is_refused_with_a_reason():
-    code = "import sys, types; sys.modules['fastconv._C'] = types.ModuleType('fastconv._C'); import fastconv; print(fastconv._extension.reason)"
+    code = """
+import sys, types
+sys.modules["fastconv._C"] = types.ModuleType("fastconv._C")
+import fastconv
+print(fastconv._extension.reason)
+"""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "interface None, wanted" in done.stdout
