@@ -1,5 +1,4 @@
 #include "csrc/ops.h"
-#include "csrc/steps.h"
 
 namespace fastconv {
 

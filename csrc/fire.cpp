@@ -1,6 +1,5 @@
 // fire_expand and fire: both expands write their slices of the concatenated output.
 #include "csrc/ops.h"
-#include "csrc/steps.h"
 
 namespace fastconv {
 

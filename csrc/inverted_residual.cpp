@@ -1,6 +1,5 @@
 // inverted_residual, and separable: the same block without its expansion.
 #include "csrc/ops.h"
-#include "csrc/steps.h"
 #include "kernels/cpu/scratch.h"
 
 namespace fastconv {

@@ -1,6 +1,5 @@
 // max_pool (3x3) and global_avg_pool.
 #include "csrc/ops.h"
-#include "csrc/steps.h"
 #include "kernels/cpu/scratch.h"
 
 namespace fastconv {

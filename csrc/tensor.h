@@ -75,7 +75,6 @@ enum class Output { like_input, channels_last };
 class Arena {
  public:
   float* floats(int64_t count);
-  int64_t capacity() const { return capacity_; }
 
  private:
   struct Free {

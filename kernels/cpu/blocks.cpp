@@ -16,9 +16,7 @@ constexpr int64_t SERIAL_WORK = 64 * 1024;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
 
-Parallel for_work(const Parallel& parallel, int64_t multiply_adds) { return multiply_adds < SERIAL_WORK ? Parallel{} : parallel; }
-
-// Chunks of `count` things whose work is `each` multiply-adds: f(range).
+// Pieces of `count` things whose work is `each` multiply-adds: f(range).
 template <class F>
 void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
   parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
