@@ -97,18 +97,21 @@ StepPointer make_step(const std::string& op, Reader r) {
 
 class Program {
  public:
-  // Slots; residual -1: none.
+  // Values count from 0, the input, and every step makes one of its own; residual -1: none.
   void add(StepPointer step, int64_t x, int64_t residual, int64_t output) {
     if (steps_.empty()) first_op_ = step->op();
-    slots_ = std::max({slots_, x + 1, residual + 1, output + 1});
+    values_ = std::max({values_, x + 1, residual + 1, output + 1});
     steps_.push_back({std::move(step), x, residual, output});
   }
 
-  // Slot 0 is the input; the last step's result is the caller's own, so it stands outside the arena.
+  // The last step's result is the caller's own, so it stands outside the arena.
   Tensor run(const Tensor& x) {
     check_packed_image(first_op_, x);
     if (steps_.empty()) return x;
-    std::call_once(joined_, [this] { join(); });
+    std::call_once(settled_, [this] {
+      join();
+      place();
+    });
     const int64_t batch = x.size(0);
     const Layout layout = plan({1, x.size(1), x.size(2), x.size(3)});
     const Shape& last = layout.shapes.back();
@@ -138,7 +141,7 @@ class Program {
 
   struct Placed {
     StepPointer step;
-    int64_t x, residual, output;
+    int64_t x, residual, output;  // values; slots of the arena once place() has run
   };
 
   // The sizes of one image's way through the network.
@@ -165,11 +168,30 @@ class Program {
     }
   }
 
-  // Whether a step after `i` reads the value that stands in this slot after step i has read it.
-  bool read_after(size_t i, int64_t slot) const {
-    for (; i + 1 < steps_.size() && steps_[i].output != slot; ++i)
-      if (steps_[i + 1].x == slot || steps_[i + 1].residual == slot) return true;
-    return false;
+  bool read_after(size_t i, int64_t value) const {
+    return std::any_of(steps_.begin() + i + 1, steps_.end(),
+                       [&](const Placed& later) { return later.x == value || later.residual == value; });
+  }
+
+  // Values to slots, after join(): what a chain reads lasts to its end. A slot is free again when the last step that reads its value has
+  // run, so an output never takes the place of what its own step reads. Slot 0 is the input's.
+  void place() {
+    std::vector<size_t> last(values_, 0);
+    for (size_t i = 0; i < steps_.size(); ++i)
+      for (const int64_t value : {steps_[i].x, steps_[i].residual})
+        if (value >= 0) last[value] = i;
+    std::vector<int64_t> slots(values_, 0), free;
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      Placed& step = steps_[i];
+      const int64_t x = step.x, residual = step.residual, output = step.output;
+      if (free.empty()) free.push_back(slots_++);
+      slots[output] = free.back();
+      free.pop_back();
+      if (x != 0 && last[x] == i) free.push_back(slots[x]);
+      if (residual > 0 && residual != x && last[residual] == i) free.push_back(slots[residual]);
+      if (last[output] <= i) free.push_back(slots[output]);  // nobody reads it
+      step = {std::move(step.step), slots[x], residual < 0 ? residual : slots[residual], slots[output]};
+    }
   }
 
   Layout plan(const Shape& x) const {
@@ -248,8 +270,8 @@ class Program {
 
   std::vector<Placed> steps_;
   const char* first_op_ = "program";
-  int64_t slots_ = 1;
-  std::once_flag joined_;
+  int64_t values_ = 1, slots_ = 1;
+  std::once_flag settled_;
   std::mutex mutex_;
   std::vector<std::vector<Arena>> idle_;
 };

@@ -63,6 +63,27 @@ def test_same_bits_however_rows_and_images_are_split(name, threads):
         assert torch.equal(fast(x[:2].contiguous(memory_format=torch.channels_last)), expected[:2])
 
 
+def test_a_chain_in_mid_network_keeps_what_it_reads(threads):
+    """Its last block must not write over the input of its first, whose rows it still needs."""
+
+    def separable(channels, out_channels):
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        return [depthwise, nn.ReLU(), nn.Conv2d(channels, out_channels, 1), nn.ReLU()]
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 8, 1), nn.ReLU(), *separable(8, 32), *separable(32, 128), nn.Conv2d(128, 8, 1)]
+    model = nn.Sequential(*layers).eval()
+    fast = fastconv.optimize(model)
+    assert fast.plan.prepare().whole is not None
+    x = torch.randn(3, 8, 120, 60)
+    expected = by_steps(fast)(x)
+    torch.testing.assert_close(expected, model(x))
+    for number in (1, 2, 3):
+        threads(number)
+        assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x[:1]), expected[:1])
+
+
 def test_an_empty_batch_has_an_empty_result():
     assert optimized("mobilenet_v2", num_classes=5)(torch.randn(0, 3, 64, 64)).shape == (0, 5)
 

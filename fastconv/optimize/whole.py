@@ -44,7 +44,8 @@ class Whole:
 
     @staticmethod
     def serves(x: Tensor) -> bool:
-        return x.dtype is torch.float32 and x.dim() == 4  # each question costs microseconds: between calls its answer leaves the caches
+        # Each question costs microseconds: between calls its answer leaves the caches.
+        return x.dtype is torch.float32 and x.is_cpu and x.dim() == 4
 
 
 def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:
@@ -79,19 +80,11 @@ def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:
     if not steps or steps[-1][0] is not same.get(result, result):
         return None
     program = Whole(flatten=result in flat)
-    # Slots: an output never takes the place of what its own step still reads.
-    last = {argument: i for i, (*_, inputs) in enumerate(steps) for argument in inputs}
-    slots, free, used = {nodes[0]: 0}, [], 1
-    for i, (node, op, arguments, inputs) in enumerate(steps):
-        if free:
-            slots[node] = free.pop()
-        else:
-            slots[node], used = used, used + 1
-        places = [slots[argument] for argument in inputs]
-        torch.ops.fastconv.program_add(program.number, op, *arguments, places[0], places[1] if len(places) > 1 else -1, slots[node])
-        free += [slots[argument] for argument in set(inputs) if last[argument] == i and slots[argument] != 0]
-        if node not in last:
-            free.append(slots[node])
+    values = {nodes[0]: 0}
+    for number, (node, op, arguments, inputs) in enumerate(steps, 1):
+        places = [values[argument] for argument in inputs]
+        values[node] = number
+        torch.ops.fastconv.program_add(program.number, op, *arguments, places[0], places[1] if len(places) > 1 else -1, number)
     return program
 
 
