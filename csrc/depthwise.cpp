@@ -19,11 +19,27 @@ class DepthwiseStep : public Step {
             output_size(op(), "width", in.w, kernel_, stride_[1], padding_[1])};
   }
   int64_t multiply_adds(const Shape&, const Shape& out) const override { return kernel_ * kernel_ * out.n * out.image(); }
-  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
-    const Shape& in = x.shape;
-    const Depthwise image{x.data,      in.c,        in.w * in.c, in.h,       in.h,          in.w,        in.c,
-                          shape.w,     kernel_,     stride_[0],  stride_[1], padding_[0],   padding_[1], data(taps_),
-                          data(bias_), activation_, out,         in.c,       shape.w * in.c};
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
+    const Shape &in = x.shape, &shape = out.shape;
+    const Depthwise image{x.data,
+                          x.strides,
+                          in.w * x.strides.pixel,
+                          in.h,
+                          in.h,
+                          in.w,
+                          in.c,
+                          shape.w,
+                          kernel_,
+                          stride_[0],
+                          stride_[1],
+                          padding_[0],
+                          padding_[1],
+                          data(taps_),
+                          data(bias_),
+                          activation_,
+                          out.data,
+                          out.strides,
+                          shape.w * out.strides.pixel};
     run_depthwise(image, in.n, shape.h, parallel);
   }
 

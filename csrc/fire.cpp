@@ -36,13 +36,15 @@ class FireExpandStep : public Step {
     return {in.n, out1_ + out3_, in.h, in.w};
   }
   int64_t multiply_adds(const Shape& in, const Shape&) const override { return in.n * in.image() * (out1_ + 9 * out3_); }
-  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
+  bool reads_blocks() const override { return false; }
+  bool writes_blocks() const override { return out1_ % PANEL == 0; }
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
     const auto [n, c, h, w] = x.shape;
-    const int64_t stride = shape.c;
-    run_pointwise(Pointwise{x.data, c, c, out1_, data(panels1x1_), {data(bias1x1_), nullptr, 0, Activation::relu}, out, stride}, n * h * w,
+    run_pointwise({x.data, c, c, out1_, data(panels1x1_), {data(bias1x1_), nullptr, 0, Activation::relu}, out.data, out.strides}, n * h * w,
                   parallel);
     const Epilogue epilogue{data(bias3x3_), nullptr, 0, Activation::relu};
-    run_conv(Conv{x.data, c, h, w, c, out3_, h, w, 3, 3, 1, 1, 1, 1, data(panels3x3_), data(zeros_), epilogue, out + out1_, stride}, n,
+    float* const second = out.data + out.strides.at(0, out1_);
+    run_conv({x.data, c, h, w, c, out3_, h, w, 3, 3, 1, 1, 1, 1, data(panels3x3_), data(zeros_), epilogue, second, out.strides}, n,
              parallel);
   }
 
@@ -77,9 +79,11 @@ class FireStep : public Step {
   int64_t multiply_adds(const Shape& in, const Shape&) const override {
     return in.n * in.h * in.w * squeezed_ * (in.c + out1_ + 9 * out3_);
   }
-  void run(const Pixels& x, const float*, float* out, const Shape&, const Parallel& parallel) const override {
+  bool writes_blocks() const override { return out1_ % PANEL == 0; }
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
     const auto [n, c, h, w] = x.shape;
     run_fire({x.data,
+              x.strides,
               n,
               h,
               w,
@@ -89,7 +93,8 @@ class FireStep : public Step {
               winograd3x3_ ? data(*winograd3x3_) : nullptr,
               data(bias3x3_),
               out3_,
-              out},
+              out.data,
+              out.strides},
              parallel);
   }
 

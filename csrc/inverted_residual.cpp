@@ -45,7 +45,7 @@ class BlockStep : public Step {
     return in.n * channels_ * (expand + out.h * out.w * (kernel_ * kernel_ + out_channels_) + 2 * reduced_) +
            (before_ ? before_->multiply_adds(x, in) : 0);
   }
-  bool reads_any_format() const override { return before_ && before_->reads_any_format(); }
+  bool reads_nchw() const override { return before_ && before_->reads_nchw(); }
 
   // A chain's rings and weights have to stay in L2 together.
   static constexpr int64_t CHAIN_WEIGHTS = 64 * 1024;
@@ -64,38 +64,40 @@ class BlockStep : public Step {
     class Rows : public RowSource {
      public:
       std::unique_ptr<RowSource> before, block;
-      void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override {
-        block->rows(image, rows, to, stride, worker);
+      void rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const override {
+        block->rows(image, rows, to, strides, worker);
       }
     };
     auto made = std::make_unique<Rows>();
     const Shape in = before_ ? before_->output(x.shape) : x.shape;
     if (before_) made->before = before_->source(x, in, threads);
-    made->block = block_rows(block(before_ ? nullptr : x.data, made->before.get(), in, nullptr, nullptr, shape), threads, length() - 1);
+    made->block = block_rows(block(before_ ? Pixels{nullptr, in, 0} : x, made->before.get(), {}, {nullptr, shape, 0}), threads, length() - 1);
     return made;
   }
 
-  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
-    if (!before_) return run_inverted_residual(block(x.data, nullptr, x.shape, residual, out, shape), parallel);
+  void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const override {
+    if (!before_) return run_inverted_residual(block(x, nullptr, residual, out), parallel);
     const Shape in = before_->output(x.shape);
-    InvertedResidual call = block(nullptr, nullptr, in, residual, out, shape);
+    InvertedResidual call = block({nullptr, in, 0}, nullptr, residual, out);
     std::unique_ptr<RowSource> source;
     if (worth_chaining(call, parallel.threads())) {
       source = before_->source(x, in, parallel.threads());
       call.source = source.get();
     } else {
-      float* whole = step_scratch[length()].floats(in.n * in.image());
-      before_->run(x, nullptr, whole, in, parallel);
-      call.x = whole;
-      if (call.residual_is_source) call.residual = whole;
+      const int64_t pixels = in.n * in.h * in.w;
+      const Target whole{step_scratch[length()].floats(blocked_floats(pixels, in.c)), in, blocked(pixels)};
+      before_->run(x, {}, whole, parallel);
+      call.x = whole.data;
+      call.x_strides = whole.strides;
+      if (call.residual_is_source) call.residual = whole.data, call.residual_strides = whole.strides;
       call.residual_is_source = false;
     }
     run_inverted_residual(call, parallel);
   }
 
  private:
-  InvertedResidual block(const float* x, const RowSource* source, const Shape& in, const float* residual, float* out,
-                         const Shape& shape) const {
+  InvertedResidual block(const Pixels& x, const RowSource* source, const Pixels& residual, const Target& out) const {
+    const Shape &in = x.shape, &shape = out.shape;
     PackedPointwise expand{};
     SqueezeExcite gate{};
     if (weights_.expand_panels)
@@ -103,7 +105,8 @@ class BlockStep : public Step {
     if (const std::vector<Tensor>& se = weights_.squeeze_excite; !se.empty())
       gate = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
               {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
-    return {x,
+    return {x.data,
+            x.strides,
             source,
             in.n,
             in.h,
@@ -121,11 +124,13 @@ class BlockStep : public Step {
             activations_.depthwise,
             gate,
             {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project},
-            residual,
+            residual.data,
+            residual.strides,
             residual_is_before_,
             shape.h,
             shape.w,
-            out};
+            out.data,
+            out.strides};
   }
 
   StepPointer before_;

@@ -54,7 +54,7 @@ Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residua
   const char* op = step.op();
   check_packed_image(op, x);
   const Shape in = shape_like(x), out = step.output(in);
-  const bool direct = step.reads_any_format() && x.is_contiguous() && !is_channels_last(x);
+  const bool direct = step.reads_nchw() && x.is_contiguous() && !is_channels_last(x);
   const Image image(x, direct);
   std::optional<Image> added;
   if (residual) {
@@ -63,7 +63,7 @@ Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residua
   }
   Result result(out.n, out.c, out.h, out.w, x, output);
   in_parallel(step.multiply_adds(in, out), [&](const Parallel& parallel) {
-    step.run({image.data, in, !direct}, added ? added->data : nullptr, result.data(), out, parallel);
+    step.run({image.data, in, in.c, direct}, channels_last(added ? added->data : nullptr, out), channels_last(result.data(), out), parallel);
   });
   return result.done();
 }

@@ -17,12 +17,10 @@ class PointwiseStep : public Step {
     return {in.n, out_channels_, in.h, in.w};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }
-  void run(const Pixels& x, const float* residual, float* out, const Shape& shape, const Parallel& parallel) const override {
-    const int64_t in_channels = x.shape.c;
-    const Pointwise call{x.data,        in_channels,   in_channels,
-                         out_channels_, data(panels_), {data(bias_), residual, out_channels_, activation_},
-                         out,           out_channels_};
-    run_pointwise(call, shape.n * shape.h * shape.w, parallel);
+  void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const override {
+    const Epilogue epilogue{data(bias_), residual.data, residual.strides, activation_};
+    run_pointwise({x.data, x.strides, x.shape.c, out_channels_, data(panels_), epilogue, out.data, out.strides},
+                  out.shape.n * out.shape.h * out.shape.w, parallel);
   }
 
  private:

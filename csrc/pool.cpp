@@ -35,29 +35,30 @@ class MaxPoolStep : public Step {
   int64_t multiply_adds(const Shape& in, const Shape& out) const override {  // and comparisons
     return 9 * out.n * out.image() + (before_ ? before_->multiply_adds(in, before_->output(in)) : 0);
   }
-  bool reads_any_format() const override { return before_ && before_->reads_any_format(); }
+  bool reads_nchw() const override { return before_ && before_->reads_nchw(); }
   bool take(StepPointer& before, bool) override {
     before_ = std::move(before);
     return true;
   }
-  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
-    if (!before_) return pool(x, nullptr, out, shape, parallel);
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
+    if (!before_) return pool(x, nullptr, out, parallel);
     const Shape in = before_->output(x.shape);
-    if (worth_chaining(shape.h, parallel.threads())) {
+    if (worth_chaining(out.shape.h, parallel.threads())) {
       const std::unique_ptr<RowSource> source = before_->source(x, in, parallel.threads());
-      return pool({nullptr, in}, source.get(), out, shape, parallel);
+      return pool({nullptr, in, 0}, source.get(), out, parallel);
     }
-    float* whole = step_scratch[0].floats(in.n * in.image());
-    before_->run(x, nullptr, whole, in, parallel);
-    pool({whole, in}, nullptr, out, shape, parallel);
+    const int64_t pixels = in.n * in.h * in.w;
+    const Target whole{step_scratch[0].floats(blocked_floats(pixels, in.c)), in, blocked(pixels)};
+    before_->run(x, {}, whole, parallel);
+    pool({whole.data, in, whole.strides}, nullptr, out, parallel);
   }
 
  private:
-  void pool(const Pixels& x, const RowSource* source, float* out, const Shape& shape, const Parallel& parallel) const {
+  void pool(const Pixels& x, const RowSource* source, const Target& out, const Parallel& parallel) const {
     const Shape& in = x.shape;
-    const MaxPool image{x.data,  in.c,       in.w * in.c, in.h,        in.h,        in.w, in.c,
-                        shape.w, stride_[0], stride_[1],  padding_[0], padding_[1], out,  in.c};
-    run_max_pool(image, in.n, shape.h, source, parallel);
+    const MaxPool image{x.data,      x.strides,  in.w * x.strides.pixel, in.h,        in.h,        in.w,     in.c,
+                        out.shape.w, stride_[0], stride_[1],             padding_[0], padding_[1], out.data, out.strides};
+    run_max_pool(image, in.n, out.shape.h, source, parallel);
   }
 
   StepPointer before_;
@@ -73,8 +74,8 @@ class GlobalAvgPoolStep : public Step {
     return {in.n, in.c, 1, 1};
   }
   int64_t multiply_adds(const Shape& in, const Shape&) const override { return in.n * in.image(); }  // additions
-  void run(const Pixels& x, const float*, float* out, const Shape&, const Parallel& parallel) const override {
-    run_global_avg_pool(x.data, x.shape.n, x.shape.h * x.shape.w, x.shape.c, out, parallel);
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
+    run_global_avg_pool(x.data, x.strides, x.shape.n, x.shape.h * x.shape.w, x.shape.c, out.data, out.strides, parallel);
   }
 };
 

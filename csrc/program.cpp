@@ -115,7 +115,7 @@ class Program {
     const int64_t batch = x.size(0);
     const Layout layout = plan({1, x.size(1), x.size(2), x.size(3)});
     const Shape& last = layout.shapes.back();
-    const bool direct = !is_channels_last(x) && x.is_contiguous() && reads_any_format();
+    const bool direct = !is_channels_last(x) && x.is_contiguous() && reads_nchw();
     const Image image(x, direct);
     Result result(batch, last.c, last.h, last.w, x, Output::channels_last);
     float* const out = result.data();
@@ -128,9 +128,9 @@ class Program {
       if (whole > 0)
         parallel.pieces(whole, ceil_div(whole, group), [&](Range images, int64_t worker) {
           for (int64_t n = images.begin; n < images.end; n += group)
-            run_images(layout, image.data, !direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{});
+            run_images(layout, image.data, direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{});
         });
-      for (int64_t n = whole; n < batch; ++n) run_images(layout, image.data, !direct, {n, n + 1}, out, arenas[0], parallel);
+      for (int64_t n = whole; n < batch; ++n) run_images(layout, image.data, direct, {n, n + 1}, out, arenas[0], parallel);
     });
     return result.done();
   }
@@ -142,13 +142,12 @@ class Program {
   struct Placed {
     StepPointer step;
     int64_t x, residual, output;  // values; slots of the arena once place() has run
+    bool writes_blocks = false;   // and who reads it takes them
   };
 
   // The sizes of one image's way through the network.
   struct Layout {
     std::vector<Shape> shapes;   // of the input, then of every step's output
-    std::vector<Shape> inputs;   // of every step
-    std::vector<int64_t> slots;  // floats
     int64_t most_floats = 1, multiply_adds = 0;
   };
 
@@ -180,6 +179,10 @@ class Program {
     for (size_t i = 0; i < steps_.size(); ++i)
       for (const int64_t value : {steps_[i].x, steps_[i].residual})
         if (value >= 0) last[value] = i;
+    for (Placed& made : steps_)
+      made.writes_blocks = &made != &steps_.back() && made.step->writes_blocks() &&
+                           std::all_of(steps_.begin(), steps_.end(),
+                                       [&](const Placed& reader) { return reader.x != made.output || reader.step->reads_blocks(); });
     std::vector<int64_t> slots(values_, 0), free;
     for (size_t i = 0; i < steps_.size(); ++i) {
       Placed& step = steps_[i];
@@ -190,14 +193,13 @@ class Program {
       if (x != 0 && last[x] == i) free.push_back(slots[x]);
       if (residual > 0 && residual != x && last[residual] == i) free.push_back(slots[residual]);
       if (last[output] <= i) free.push_back(slots[output]);  // nobody reads it
-      step = {std::move(step.step), slots[x], residual < 0 ? residual : slots[residual], slots[output]};
+      step = {std::move(step.step), slots[x], residual < 0 ? residual : slots[residual], slots[output], step.writes_blocks};
     }
   }
 
   Layout plan(const Shape& x) const {
     Layout layout;
     layout.shapes.push_back(x);
-    layout.slots.assign(slots_, 0);
     std::vector<Shape> at(slots_, x);
     for (const Placed& placed : steps_) {
       const Shape in = at[placed.x], out = placed.step->output(in);
@@ -206,9 +208,7 @@ class Program {
         check(added.image() == out.image() && added.c == out.c && added.h == out.h, placed.step->op(),
               "residual must have the output's shape ", out, ", got ", added);
       }
-      layout.inputs.push_back(in);
       layout.shapes.push_back(out);
-      layout.slots[placed.output] = std::max(layout.slots[placed.output], (out.image() + 15) / 16 * 16);
       layout.most_floats = std::max(layout.most_floats, in.image() + out.image());
       layout.multiply_adds += placed.step->multiply_adds(in, out);
       at[placed.output] = out;
@@ -216,31 +216,37 @@ class Program {
     return layout;
   }
 
-  bool reads_any_format() const {
+  bool reads_nchw() const {
     return std::all_of(steps_.begin(), steps_.end(),
-                       [](const Placed& placed) { return placed.residual != 0 && (placed.x != 0 || placed.step->reads_any_format()); });
+                       [](const Placed& placed) { return placed.residual != 0 && (placed.x != 0 || placed.step->reads_nchw()); });
   }
 
-  void run_images(const Layout& layout, const float* x, bool channels_last, Range images, float* out, Arena& arena,
-                  const Parallel& parallel) const {
+  void run_images(const Layout& layout, const float* x, bool nchw, Range images, float* out, Arena& arena, const Parallel& parallel) const {
     const int64_t count = images.size();
-    int64_t total = 0;
-    std::vector<int64_t> offsets(slots_);
-    for (int64_t slot = 1; slot < slots_; ++slot) {
-      offsets[slot] = total;
-      total += count * layout.slots[slot];
+    std::vector<Target> made;  // by every step
+    std::vector<int64_t> floats(slots_, 0), offsets(slots_, 0);
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      Shape shape = layout.shapes[i + 1];
+      shape.n = count;
+      const int64_t pixels = count * shape.h * shape.w;
+      made.push_back({nullptr, shape, steps_[i].writes_blocks ? blocked(pixels) : Strides(shape.c)});
+      int64_t& most = floats[steps_[i].output];
+      if (i + 1 < steps_.size())
+        most = std::max(most, steps_[i].writes_blocks ? blocked_floats(pixels, shape.c) : ceil_div(pixels * shape.c, PANEL) * PANEL);
     }
+    int64_t total = 0;
+    for (int64_t slot = 1; slot < slots_; total += floats[slot++]) offsets[slot] = total;
     float* const base = arena.floats(total);
-    std::vector<const float*> values(slots_);
-    values[0] = x + images.begin * layout.shapes[0].image();
+    std::vector<Pixels> values(slots_);
+    Shape in = layout.shapes[0];
+    in.n = count;
+    values[0] = {x + images.begin * in.image(), in, in.c, nchw};
     for (size_t i = 0; i < steps_.size(); ++i) {
       const Placed& placed = steps_[i];
-      Shape in = layout.inputs[i], shape = layout.shapes[i + 1];
-      in.n = shape.n = count;
-      float* const to = i + 1 == steps_.size() ? out + images.begin * shape.image() : base + offsets[placed.output];
-      placed.step->run({values[placed.x], in, channels_last || placed.x != 0}, placed.residual < 0 ? nullptr : values[placed.residual], to,
-                       shape, parallel);
-      values[placed.output] = to;
+      Target& to = made[i];
+      to.data = i + 1 == steps_.size() ? out + images.begin * to.shape.image() : base + offsets[placed.output];
+      placed.step->run(values[placed.x], placed.residual < 0 ? Pixels{} : values[placed.residual], to, parallel);
+      values[placed.output] = {to.data, to.shape, to.strides};
     }
   }
 

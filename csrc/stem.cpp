@@ -34,19 +34,20 @@ class StemStep : public Step {
             output_size(op(), "width", in.w, kernel_[1], stride_[1], padding_[1])};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
-  bool reads_any_format() const override { return true; }
+  bool reads_nchw() const override { return true; }
   bool makes_rows() const override { return true; }
   std::unique_ptr<RowSource> source(const Pixels& x, const Shape& shape, int64_t) const override {
-    return std::make_unique<StemRows>(image(x, shape, nullptr), x.shape.image());
+    return std::make_unique<StemRows>(image(x, {nullptr, shape, 0}), x.shape.image());
   }
-  void run(const Pixels& x, const float*, float* out, const Shape& shape, const Parallel& parallel) const override {
-    run_stem(image(x, shape, out), x.shape.n, x.shape.image(), parallel);
+  bool reads_blocks() const override { return false; }
+  void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
+    run_stem(image(x, out), x.shape.n, x.shape.image(), parallel);
   }
 
  private:
-  Stem image(const Pixels& x, const Shape& shape, float* out) const {
-    const Shape& in = x.shape;
-    const bool last = x.channels_last;
+  Stem image(const Pixels& x, const Target& out) const {
+    const Shape &in = x.shape, &shape = out.shape;
+    const bool last = !x.nchw;
     return {x.data,
             last ? 1 : in.h * in.w,
             last ? in.w * in.c : in.w,
@@ -65,8 +66,8 @@ class StemStep : public Step {
             padding_[1],
             data(panels_),
             {data(bias_), nullptr, 0, activation_},
-            out,
-            shape.c};
+            out.data,
+            out.strides};
   }
 
   Tensor panels_, bias_;

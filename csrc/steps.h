@@ -15,12 +15,20 @@ struct Shape {
 std::ostream& operator<<(std::ostream& text, const Shape& shape);
 inline Shape shape_like(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
-// Images in memory, channels innermost unless said otherwise.
+// Images in memory. Between the steps of a program they are blocked; an operator's are channels_last, or NCHW for a stem.
 struct Pixels {
-  const float* data;
-  Shape shape;
-  bool channels_last = true;
+  const float* data = nullptr;
+  Shape shape{};
+  Strides strides;
+  bool nchw = false;  // then without strides
 };
+struct Target {
+  float* data;
+  Shape shape;
+  Strides strides;
+};
+inline Pixels channels_last(const float* data, const Shape& shape) { return {data, shape, shape.c}; }
+inline Target channels_last(float* data, const Shape& shape) { return {data, shape, shape.c}; }
 
 class Step {
  public:
@@ -28,8 +36,9 @@ class Step {
   virtual const char* op() const = 0;
   virtual Shape output(const Shape& in) const = 0;  // throws if there is none
   virtual int64_t multiply_adds(const Shape& in, const Shape& out) const = 0;
-  virtual bool reads_any_format() const { return false; }
-  // residual: of the output's shape, or null.
+  virtual bool reads_nchw() const { return false; }
+  virtual bool reads_blocks() const { return true; }
+  virtual bool writes_blocks() const { return true; }
   // A chain of steps is one step: the last takes in the one before it and has it make each row just before it is used. Input and output
   // are the chain's from then on. False: this step cannot, or it would not pay; `before` stays the caller's.
   virtual bool take(std::unique_ptr<Step>& before, bool residual_is_before) { return false; }
@@ -38,7 +47,8 @@ class Step {
   virtual bool makes_rows() const { return false; }
   virtual int64_t weights() const { return 0; }  // floats, of the whole chain
   virtual int length() const { return 1; }       // steps of the chain
-  virtual void run(const Pixels& x, const float* residual, float* out, const Shape& out_shape, const Parallel& parallel) const = 0;
+  // residual: of the output's shape, its data null where there is none.
+  virtual void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const = 0;
 };
 using StepPointer = std::unique_ptr<Step>;
 

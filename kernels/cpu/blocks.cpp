@@ -61,22 +61,16 @@ void for_each_image(Range rows, int64_t height, const F& f) {
   }
 }
 
-// Pixel stride of a private buffer: whole cache lines, and never a multiple of 512 bytes, whose rows would fall in the same cache sets.
-int64_t padded_stride(int64_t channels) {
-  const int64_t lines = ceil_div(channels, 16);
-  return (lines % 8 == 0 ? lines + 1 : lines) * 16;
-}
-
-Pointwise product(const PackedPointwise& weights, const float* x, int64_t x_stride, float* out, int64_t out_stride,
-                  const float* residual = nullptr, int64_t residual_stride = 0) {
+Pointwise product(const PackedPointwise& weights, const float* x, Strides x_strides, float* out, Strides out_strides,
+                  const float* residual = nullptr, Strides residual_strides = 0) {
   return {x,
-          x_stride,
+          x_strides,
           weights.in_channels,
           weights.out_channels,
           weights.panels,
-          {weights.bias, residual, residual_stride, weights.activation},
+          {weights.bias, residual, residual_strides, weights.activation},
           out,
-          out_stride};
+          out_strides};
 }
 
 }  // namespace
@@ -92,7 +86,7 @@ void run_conv(const Conv& image, int64_t batch, const Parallel& parallel) {
   for (int64_t n = 0; n < batch; ++n) {
     Conv op = image;
     op.x += n * image.height * image.width * image.x_stride;
-    op.out += n * pixels * image.out_stride;
+    op.out += n * pixels * image.out_strides.pixel;
     split_product(parallel, pixels, op.kernel_h * op.kernel_w * op.in_channels, op.out_channels,
                   [&](Range range, Range panels) { k.conv(op, range, panels); });
   }
@@ -118,7 +112,7 @@ void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Para
     for_each_image(rows, image.out_height, [&](int64_t n, Range part) {
       Stem op = image;
       op.x += n * image_stride;
-      op.out += n * image.out_height * image.out_width * image.out_stride;
+      op.out += n * image.out_height * image.out_width * image.out_strides.pixel;
       k.stem(op, part, buffer);
     });
   });
@@ -146,11 +140,11 @@ struct alignas(64) Ring {
 
 }  // namespace
 
-void StemRows::rows(int64_t image, Range rows, float* to, int64_t stride, int64_t) const {
+void StemRows::rows(int64_t image, Range rows, float* to, Strides strides, int64_t) const {
   Stem op = image_;
   op.x += image * image_stride_;
-  op.out = to - rows.begin * op.out_width * stride;
-  op.out_stride = stride;
+  op.out = to - rows.begin * op.out_width * strides.pixel;
+  op.out_strides = strides;
   kernels().stem(op, rows, tile_scratch.floats(op.scratch_floats()));
 }
 
@@ -158,22 +152,23 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
   const Kernels& k = kernels();
   if (source) {
     std::vector<Ring> rings(parallel.threads());
-    const int64_t stride = padded_stride(image.channels), slots = 3;
+    const int64_t slots = 3;
+    const Strides strides = blocked(slots * image.width);
     for (int64_t n = 0; n < batch; ++n)
       parallel.pieces(out_height, parallel.number_for(out_height, 2), [&](Range rows, int64_t worker) {
         MaxPool op = image;
-        float* ring = private_scratch.floats(slots * image.width * stride);
+        float* ring = private_scratch.floats(blocked_floats(slots * image.width, image.channels));
         op.x = ring;
-        op.x_stride = stride;
-        op.x_row_stride = image.width * stride;
+        op.x_strides = strides;
+        op.x_row_stride = image.width * strides.pixel;
         op.ring_rows = slots;
-        op.out += n * out_height * image.out_width * image.out_stride;
+        op.out += n * out_height * image.out_width * image.out_strides.pixel;
         Ring& at = rings[worker];
         at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
         for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
           at.next = std::max(at.next, oh * op.stride_h - op.pad_h);  // strides past 3 skip rows
           at.fill(std::min(oh * op.stride_h - op.pad_h + 3, op.height), slots,
-                  [&](Range made, int64_t slot) { source->rows(n, made, ring + slot * op.x_row_stride, stride, worker); });
+                  [&](Range made, int64_t slot) { source->rows(n, made, ring + slot * op.x_row_stride, strides, worker); });
           k.max_pool(op, {oh, oh + 1});
         }
         at.row = rows.end;
@@ -183,8 +178,8 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
   split(parallel, batch * out_height, image.out_width * image.channels * 9, [&](Range rows) {
     for_each_image(rows, out_height, [&](int64_t n, Range part) {
       MaxPool op = image;
-      op.x += n * image.height * image.width * image.x_stride;
-      op.out += n * out_height * image.out_width * image.out_stride;
+      op.x += n * image.height * image.x_row_stride;
+      op.out += n * out_height * image.out_width * image.out_strides.pixel;
       k.max_pool(op, part);
     });
   });
@@ -192,21 +187,22 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
 
 namespace {
 
-// means = mean over pixels, of the channels in `range`.
-void average(const float* x, int64_t x_stride, int64_t pixels, Range range, float* means) {
+// means = mean over pixels, of the channels in `range`, which begins with a block.
+void average(const float* x, Strides strides, int64_t pixels, Range range, float* means) {
   std::fill(means + range.begin, means + range.end, 0.0f);
-  kernels().sum_pixels(x + range.begin, x_stride, pixels, range.size(), means + range.begin);
+  kernels().sum_pixels(x + strides.at(0, range.begin), strides, pixels, range.size(), means + range.begin);
   for (int64_t c = range.begin; c < range.end; ++c) means[c] /= static_cast<float>(pixels);
 }
 
 }  // namespace
 
-void run_global_avg_pool(const float* x, int64_t batch, int64_t pixels, int64_t channels, float* out, const Parallel& parallel) {
-  const int64_t blocks = ceil_div(channels, 64);  // four cache lines a task
-  split(parallel, batch * blocks, pixels * 64, [&](Range tasks) {
+void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out, Strides out_strides,
+                         const Parallel& parallel) {
+  const int64_t blocks = panels_for(channels);
+  split(parallel, batch * blocks, pixels * PANEL, [&](Range tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t n = task / blocks, c = task % blocks * 64;
-      average(x + n * pixels * channels, channels, pixels, {c, std::min(c + 64, channels)}, out + n * channels);
+      const int64_t n = task / blocks, c = task % blocks * PANEL;
+      average(x + x_strides.at(n * pixels, c), x_strides, pixels, {0, std::min(PANEL, channels - c)}, out + out_strides.at(n, c));
     }
   });
 }
@@ -240,7 +236,6 @@ struct FireStrip {
   // Rows [part.begin, part.end) of the buffer, whose row 0 is the image's row `first` - 1.
   void fill(const float* x, int64_t first, Range part, float* buffer) const {
     const Kernels& k = kernels();
-    const int64_t in = op.squeeze.in_channels;
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t h = first - 1 + i;
       float* row = buffer + i * row_floats();
@@ -250,7 +245,8 @@ struct FireStrip {
       }
       std::memset(row, 0, squeeze * sizeof(float));
       std::memset(row + (op.width + 1) * squeeze, 0, (width - op.width - 1) * squeeze * sizeof(float));
-      k.pointwise(product(op.squeeze, x + h * op.width * in, in, row + squeeze, squeeze), {0, op.width}, {0, panels_for(squeeze)});
+      k.pointwise(product(op.squeeze, x + h * op.width * op.x_strides.pixel, op.x_strides, row + squeeze, squeeze), {0, op.width},
+                  {0, panels_for(squeeze)});
     }
   }
 
@@ -258,16 +254,16 @@ struct FireStrip {
   void expand(const float* buffer, Range rows, Range panels, float* out) const {
     const Kernels& k = kernels();
     const int64_t panels1x1 = panels_for(op.expand1x1.out_channels);
-    float* first = out + rows.begin * op.width * out_channels;
+    float* first = out + rows.begin * op.width * op.out_strides.pixel;
     if (panels.begin < panels1x1)
       for (int64_t i = 0; i < rows.size(); ++i) {
         const float* row = buffer + (i + 1) * row_floats() + squeeze;
-        k.pointwise(product(op.expand1x1, row, squeeze, first + i * op.width * out_channels, out_channels), {0, op.width},
+        k.pointwise(product(op.expand1x1, row, squeeze, first + i * op.width * op.out_strides.pixel, op.out_strides), {0, op.width},
                     {panels.begin, std::min(panels.end, panels1x1)});
       }
     if (panels.end > panels1x1)
       expand3x3(buffer, rows.size(), {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1},
-                first + op.expand1x1.out_channels);
+                first + op.out_strides.at(0, op.expand1x1.out_channels));
   }
 
  private:
@@ -285,7 +281,7 @@ struct FireStrip {
                     op.panels3x3,
                     {op.bias3x3, nullptr, 0, Activation::relu},
                     out,
-                    out_channels};
+                    op.out_strides};
     if (!winograd) return k.padded_conv(conv, {0, rows}, panels);
     PaddedConv tiled = conv;
     tiled.panels = op.winograd3x3;
@@ -304,7 +300,7 @@ struct FireStrip {
 
 void run_fire(const Fire& op, const Parallel& parallel) {
   const FireStrip strip(op);
-  const int64_t in_floats = op.height * op.width * op.squeeze.in_channels, out_floats = op.height * op.width * strip.out_channels;
+  const int64_t pixels = op.height * op.width, in_floats = pixels * op.x_strides.pixel, out_floats = pixels * op.out_strides.pixel;
   const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads();
   if (op.batch < threads) {
     // The threads share the squeezed image. Panels are split where they are the larger traffic, so that weights stream once.
@@ -342,27 +338,40 @@ namespace {
 
 struct Block {
   const InvertedResidual& op;
-  int64_t in_floats, out_pixels, out_floats, stride;
+  int64_t in_pixels, out_pixels;
 
-  explicit Block(const InvertedResidual& op)
-      : op(op),
-        in_floats(op.height * op.width * op.in_channels),
-        out_pixels(op.out_height * op.out_width),
-        out_floats(out_pixels * op.project.out_channels),
-        stride(padded_stride(op.channels)) {}
+  explicit Block(const InvertedResidual& op) : op(op), in_pixels(op.height * op.width), out_pixels(op.out_height * op.out_width) {}
 
   int64_t weight_floats() const { return op.channels * ((op.expands() ? op.in_channels : 0) + op.project.out_channels); }
-  int64_t middle_floats() const { return ((op.expands() ? op.height * op.width : 0) + out_pixels) * stride; }
+  int64_t middle_floats() const { return ((op.expands() ? in_pixels : 0) + out_pixels) * panels_for(op.channels) * PANEL; }
+  const float* image(int64_t n) const { return op.x + n * in_pixels * op.x_strides.pixel; }
 
-  Depthwise depthwise(const float* x, int64_t x_stride, int64_t ring_rows, float* out) const {
-    return {x,         x_stride,    op.width * x_stride,  ring_rows, op.height, op.width, op.channels,       op.out_width,
-            op.kernel, op.stride_h, op.stride_w,          op.pad_h,  op.pad_w,  op.taps,  op.depthwise_bias, op.depthwise_activation,
-            out,       stride,      op.out_width * stride};
+  Depthwise depthwise(const float* x, Strides x_strides, int64_t ring_rows, float* out, Strides out_strides) const {
+    return {x,
+            x_strides,
+            op.width * x_strides.pixel,
+            ring_rows,
+            op.height,
+            op.width,
+            op.channels,
+            op.out_width,
+            op.kernel,
+            op.stride_h,
+            op.stride_w,
+            op.pad_h,
+            op.pad_w,
+            op.taps,
+            op.depthwise_bias,
+            op.depthwise_activation,
+            out,
+            out_strides,
+            op.out_width * out_strides.pixel};
   }
 
-  Pointwise project(const float* x, float* to, int64_t to_stride, int64_t first_pixel) const {
-    const int64_t out = op.project.out_channels;
-    return product(op.project, x, stride, to, to_stride, op.residual ? op.residual + first_pixel * out : nullptr, out);
+  // To pixels of `to`, the first of which is the batch's `first_pixel`.
+  Pointwise project(const float* x, Strides x_strides, float* to, Strides to_strides, int64_t first_pixel) const {
+    return product(op.project, x, x_strides, to, to_strides,
+                   op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr, op.residual_strides);
   }
 
   // Whether blocks go depth first, the rows split among so many threads.
@@ -372,31 +381,33 @@ struct Block {
 
   // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
   // rings of expanded rows; or layer by layer.
-  bool splits_channels(int64_t count) const { return op.channels > count * op.height * op.width; }
+  bool splits_channels(int64_t count) const { return op.channels > count * in_pixels; }
   bool in_rings(int64_t count) const { return !splits_channels(count) && op.expands() && weight_floats() <= L2_WEIGHTS; }
 
-  // Output rows at a time: 28 pixels are two full tiles of 14.
-  int64_t step() const { return std::min(op.out_height, std::max<int64_t>(1, 28 / op.out_width)); }
+  // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once.
+  int64_t step() const { return std::min(op.out_height, std::max<int64_t>(2, 28 / op.out_width)); }
 
-  // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to pixels
-  // `to_stride` floats apart. Without `to` the depthwise convolution writes its whole image to `middle` and the projection is left out.
-  void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, int64_t to_stride,
-            float* middle = nullptr) const {
+  // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to `to`.
+  // Without `to` the depthwise convolution writes its rows of the whole image `middle` and the projection is left out.
+  void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, Strides to_strides, float* middle = nullptr,
+            Strides middle_strides = 0) const {
     const Kernels& k = kernels();
-    const bool ringed = op.expands() || op.source;
-    const int64_t step = this->step();
-    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height, row_floats = op.width * stride;
-    const int64_t in_stride = padded_stride(op.in_channels), in_row_floats = op.expands() && op.source ? op.width * in_stride : 0;
-    const int64_t ring_floats = ringed ? slots * row_floats : 0;
-    float* const ring = scratch.floats(ring_floats + step * op.out_width * stride + slots * in_row_floats);
+    const bool ringed = op.expands() || op.source, buffered = op.expands() && op.source;
+    const int64_t step = this->step(), row_floats = op.width * PANEL;
+    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
+    const Strides ring_strides = blocked(slots * op.width), strip_strides = blocked(step * op.out_width);
+    const int64_t ring_floats = ringed ? blocked_floats(slots * op.width, op.channels) : 0;
+    const int64_t strip_floats = blocked_floats(step * op.out_width, op.channels);
+    const int64_t input_floats = buffered ? blocked_floats(slots * op.width, op.in_channels) : 0;
+    float* const ring = scratch.floats(ring_floats + strip_floats + input_floats);
     float* const strip = ring + ring_floats;
-    float* const input = strip + step * op.out_width * stride;
+    float* const input = strip + strip_floats;
     const auto make = [&](Range made, int64_t slot) {
       float* const row = ring + slot * row_floats;
-      if (!op.expands()) return op.source->rows(n, made, row, stride, worker);
-      const float* from = op.source ? input : op.x + n * in_floats + made.begin * op.width * op.in_channels;
-      if (op.source) op.source->rows(n, made, input, in_stride, worker);
-      k.pointwise(product(op.expand, from, op.source ? in_stride : op.in_channels, row, stride), {0, made.size() * op.width},
+      if (!op.expands()) return op.source->rows(n, made, row, ring_strides, worker);
+      const float* from = buffered ? input : image(n) + made.begin * op.width * op.x_strides.pixel;
+      if (buffered) op.source->rows(n, made, input, ring_strides, worker);
+      k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, row, ring_strides), {0, made.size() * op.width},
                   {0, panels_for(op.channels)});
     };
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
@@ -407,54 +418,59 @@ struct Block {
         at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
         at.fill(last, slots, make);
       }
-      float* const out = middle ? middle + oh * op.out_width * stride : strip;
+      float* const out = middle ? middle + oh * op.out_width * middle_strides.pixel : strip;
+      const Strides out_strides = middle ? middle_strides : strip_strides;
       if (ringed)
-        k.depthwise(depthwise(ring, stride, slots, out), {oh, end}, {0, op.channels});
+        k.depthwise(depthwise(ring, ring_strides, slots, out, out_strides), {oh, end}, {0, op.channels});
       else
-        k.depthwise(depthwise(op.x + n * in_floats, op.channels, op.height, out), {oh, end}, {0, op.channels});
+        k.depthwise(depthwise(image(n), op.x_strides, op.height, out, out_strides), {oh, end}, {0, op.channels});
       if (!to) continue;
-      float* const first_out = to + (oh - rows.begin) * op.out_width * to_stride;
+      float* const first_out = to + (oh - rows.begin) * op.out_width * to_strides.pixel;
       const Range panels{0, panels_for(op.project.out_channels)};
-      Pointwise call = project(out, first_out, to_stride, n * out_pixels + oh * op.out_width);
+      Pointwise call = project(out, out_strides, first_out, to_strides, n * out_pixels + oh * op.out_width);
       if (!op.residual_is_source) {
         k.pointwise(call, {0, (end - oh) * op.out_width}, panels);
         continue;
       }
       for (int64_t row = oh; row < end; ++row) {  // the ring's rows are neighbours only up to its end
         call.epilogue.residual = ring + row % slots * row_floats;
-        call.epilogue.residual_stride = stride;
+        call.epilogue.residual_strides = ring_strides;
         k.pointwise(call, {0, op.out_width}, panels);
-        call.x += op.out_width * stride;
-        call.out += op.out_width * to_stride;
+        call.x += op.out_width * out_strides.pixel;
+        call.out += op.out_width * to_strides.pixel;
       }
     }
     at.row = rows.end;
   }
   void rows(int64_t n, Range range, Ring& at, int64_t worker) const {
-    const int64_t out = op.project.out_channels;
-    rows(n, range, at, worker, private_scratch, op.out + (n * out_pixels + range.begin * op.out_width) * out, out);
+    rows(n, range, at, worker, private_scratch, op.out + (n * out_pixels + range.begin * op.out_width) * op.out_strides.pixel,
+         op.out_strides);
   }
 
   // Layer by layer over whole images, each layer split over the team; a thread keeps its channels or rows through the first two.
   void images(Range batch, const Parallel& parallel, Scratch& scratch) const {
     const Kernels& k = kernels();
-    const int64_t count = batch.size(), pixels = count * op.height * op.width, channels = op.channels;
+    const int64_t count = batch.size(), pixels = count * in_pixels, channels = op.channels;
     const bool by_panels = splits_channels(count), in_rows = in_rings(count);
-    const int64_t expanded_floats = op.expands() && !in_rows ? pixels * stride : 0, middle_floats = count * out_pixels * stride;
+    const Strides expanded_strides = blocked(pixels), middle_strides = blocked(count * out_pixels);
+    const int64_t expanded_floats = op.expands() && !in_rows ? blocked_floats(pixels, channels) : 0;
+    const int64_t middle_floats = blocked_floats(count * out_pixels, channels);
     const int64_t reduced = op.gates() ? op.squeeze_excite.reduce.out_channels : 0;
     float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
     float* middle = expanded + expanded_floats;
-    const float* x = op.x + batch.begin * in_floats;
+    const float* x = image(batch.begin);
+    const auto middle_of = [&](int64_t n, int64_t channel) { return middle + middle_strides.at(n * out_pixels, channel); };
 
     const auto run_depthwise = [&](Range image_rows, Range range) {
       for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
-        const float* source = op.expands() ? expanded + n * op.height * op.width * stride : x + n * in_floats;
-        float* out = middle + (n * out_pixels + part.begin * op.out_width) * stride;
-        k.depthwise(depthwise(source, op.expands() ? stride : channels, op.height, out), part, range);
+        const Strides from = op.expands() ? expanded_strides : op.x_strides;
+        const float* source = (op.expands() ? expanded : x) + n * in_pixels * from.pixel;
+        float* out = middle_of(n, 0) + part.begin * op.out_width * middle_strides.pixel;
+        k.depthwise(depthwise(source, from, op.height, out, middle_strides), part, range);
       });
     };
     const auto expand = [&](Range range, Range panels) {
-      k.pointwise(product(op.expand, x, op.in_channels, expanded, stride), range, panels);
+      k.pointwise(product(op.expand, x, op.x_strides, expanded, expanded_strides), range, panels);
     };
     const SqueezeExcite* gate = op.gates() ? &op.squeeze_excite : nullptr;
     float* means = middle + middle_floats;
@@ -462,8 +478,7 @@ struct Block {
     float* hidden = scales + count * channels;
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
     const auto pool = [&](Range panels) {
-      for (int64_t n = 0; n < count; ++n)
-        average(middle + n * out_pixels * stride, stride, out_pixels, channels_of(panels), means + n * channels);
+      for (int64_t n = 0; n < count; ++n) average(middle_of(n, 0), middle_strides, out_pixels, channels_of(panels), means + n * channels);
     };
 
     const Range all_rows{0, count * op.out_height};
@@ -478,7 +493,7 @@ struct Block {
       std::vector<Ring> rings(parallel.threads());
       for (int64_t n = 0; n < count; ++n)
         parallel.pieces(op.out_height, parallel.number_for(op.out_height, std::max<int64_t>(2, step())), [&](Range part, int64_t worker) {
-          rows(batch.begin + n, part, rings[worker], worker, private_scratch, nullptr, 0, middle + n * out_pixels * stride);
+          rows(batch.begin + n, part, rings[worker], worker, private_scratch, nullptr, 0, middle_of(n, 0), middle_strides);
         });
     } else {
       if (op.expands()) split_product(parallel, pixels, op.in_channels, channels, expand);
@@ -492,13 +507,13 @@ struct Block {
         k.pointwise(product(gate->expand, hidden, reduced, scales, channels), {0, count}, panels);
         const Range range = channels_of(panels);
         for (int64_t n = 0; n < count; ++n)
-          k.scale_channels(middle + n * out_pixels * stride + range.begin, stride, out_pixels, range.size(),
-                           scales + n * channels + range.begin);
+          k.scale_channels(middle_of(n, range.begin), middle_strides, out_pixels, range.size(), scales + n * channels + range.begin);
       });
     }
-    const int64_t out = op.project.out_channels;
-    const Pointwise last = project(middle, op.out + batch.begin * out_floats, out, batch.begin * out_pixels);
-    split_product(parallel, count * out_pixels, channels, out, [&](Range range, Range panels) { k.pointwise(last, range, panels); });
+    const int64_t first = batch.begin * out_pixels;
+    const Pointwise last = project(middle, middle_strides, op.out + first * op.out_strides.pixel, op.out_strides, first);
+    split_product(parallel, count * out_pixels, channels, op.project.out_channels,
+                  [&](Range range, Range panels) { k.pointwise(last, range, panels); });
   }
 
   // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
@@ -520,8 +535,8 @@ struct Block {
 class BlockRows : public RowSource {
  public:
   BlockRows(const InvertedResidual& op, int64_t threads, int level) : op_(op), block_(op_), rings_(threads), level_(level) {}
-  void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override {
-    block_.rows(image, rows, rings_[worker], worker, ring_scratch[level_], to, stride);
+  void rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const override {
+    block_.rows(image, rows, rings_[worker], worker, ring_scratch[level_], to, strides);
   }
 
  private:

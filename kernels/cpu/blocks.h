@@ -17,16 +17,23 @@ struct PackedPointwise {
   Activation activation;
 };
 
-// Images are (batch, height, width, channels), dense.
+// A blocked image of so many pixels: its blocks of 16 channels stand whole cache lines apart, and never a multiple of 512 bytes, whose
+// pixels would fall in the same cache sets.
+inline Strides blocked(int64_t pixels) { return {PANEL, (pixels % 8 == 0 ? pixels + 1 : pixels) * PANEL}; }
+inline int64_t blocked_floats(int64_t pixels, int64_t channels) { return panels_for(channels) * blocked(pixels).block; }
+
+// Images are (batch, height, width) pixels; a batch's pixels follow each other.
 struct Fire {
   const float* x;
+  Strides x_strides;
   int64_t batch, height, width;
   PackedPointwise squeeze, expand1x1;
   const float* panels3x3;
   const float* winograd3x3;  // pack_winograd's panels, or null: direct sums only
   const float* bias3x3;
   int64_t expand3x3_channels;
-  float* out;  // (batch, height, width, expand1x1 + expand3x3 channels)
+  float* out;  // expand1x1's channels, then expand3x3's; where out is blocked, expand1x1's are a multiple of 16
+  Strides out_strides;
 };
 
 struct SqueezeExcite {
@@ -37,15 +44,14 @@ struct SqueezeExcite {
 class RowSource {
  public:
   virtual ~RowSource() = default;
-  // Rows of one of the batch's images to `to`, pixels `stride` floats apart. A worker is a thread of the team; going on where the same
-  // worker stopped costs least.
-  virtual void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const = 0;
+  // Rows of one of the batch's images to `to`. A worker is a thread of the team; going on where the same worker stopped costs least.
+  virtual void rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const = 0;
 };
 
 class StemRows : public RowSource {
  public:
   StemRows(const Stem& image, int64_t image_stride) : image_(image), image_stride_(image_stride) {}
-  void rows(int64_t image, Range rows, float* to, int64_t stride, int64_t worker) const override;
+  void rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const override;
 
  private:
   Stem image_;  // its `out` is not used
@@ -53,7 +59,8 @@ class StemRows : public RowSource {
 };
 
 struct InvertedResidual {
-  const float* x;           // or null, where `source` makes the input
+  const float* x;  // or null, where `source` makes the input
+  Strides x_strides;
   const RowSource* source;  // or null
   int64_t batch, height, width, in_channels;
   PackedPointwise expand;  // panels null: none
@@ -64,10 +71,12 @@ struct InvertedResidual {
   Activation depthwise_activation;
   SqueezeExcite squeeze_excite;  // reduce.panels null: none
   PackedPointwise project;
-  const float* residual;    // or null; (batch, out_height, out_width, out channels)
+  const float* residual;    // or null; of the output's shape
+  Strides residual_strides;
   bool residual_is_source;  // what the source makes is added; without expand only
   int64_t out_height, out_width;
   float* out;
+  Strides out_strides;
   bool expands() const { return expand.panels != nullptr; }
   bool gates() const { return squeeze_excite.reduce.panels != nullptr; }
 };
@@ -84,7 +93,8 @@ void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, co
 void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel);
 // source: makes the rows of image.x, which is null then; or null.
 void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const RowSource* source, const Parallel& parallel);
-void run_global_avg_pool(const float* x, int64_t batch, int64_t pixels, int64_t channels, float* out, const Parallel& parallel);
+void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out, Strides out_strides,
+                         const Parallel& parallel);
 void run_fire(const Fire& op, const Parallel& parallel);
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel);
 

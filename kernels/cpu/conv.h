@@ -21,8 +21,8 @@ inline void conv(const Conv& op, Range pixels, Range panels) {
         table[tap * rows + r] = inside ? op.x + (ih * op.width + iw) * op.x_stride : op.zeros;
       }
     }
-    Output to{op.panels, taps * op.in_channels * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
-    if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
+    Output to{op.panels, taps * op.in_channels * PANEL, op.epilogue, op.out + m * op.out_strides.pixel, op.out_strides, 0};
+    if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_strides.pixel;
     for_each_chunk<MAX_NV>(panels, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
       with_constant<MOST>(
           rows, [&](auto MR) { tiles<MR, NV, false>(Indirect<MR>{table, taps, op.in_channels, {}}, 1, at_column(to, column, columns)); });
@@ -35,8 +35,8 @@ inline void padded_conv(const PaddedConv& op, Range rows, Range panels) {
   for_each_chunk<PREFERRED_NV>(panels, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
     for (int64_t h = rows.begin; h < rows.end; ++h) {
       const StridedSource source{op.x + h * op.x_row_stride, op.x_stride, op.kernel_h, tap_row, op.x_row_stride};
-      Output to{op.panels, op.kernel_h * tap_row * PANEL, op.epilogue, op.out + h * op.out_width * op.out_stride, op.out_stride, 0};
-      if (to.epilogue.residual) to.epilogue.residual += h * op.out_width * to.epilogue.residual_stride;
+      Output to{op.panels, op.kernel_h * tap_row * PANEL, op.epilogue, op.out + h * op.out_width * op.out_strides.pixel, op.out_strides, 0};
+      if (to.epilogue.residual) to.epilogue.residual += h * op.out_width * to.epilogue.residual_strides.pixel;
       cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
     }
   });

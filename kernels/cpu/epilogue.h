@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/cpu/activation.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/simd.h"
 
 namespace fastconv::FASTCONV_ISA {
@@ -17,8 +18,9 @@ struct Clamp {
   FASTCONV_INLINE vec operator()(vec v) const { return at_most(at_least(v, splat(low)), splat(high)); }
 };
 
-FASTCONV_INLINE bool is_clamp(Activation activation) {
-  return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
+// Those whose code would burden every tile's: done on the stored tile, which is still in L1. (Clamp leaves their sums alone.)
+FASTCONV_INLINE bool in_second_pass(Activation activation) {
+  return activation == Activation::hardsigmoid || activation == Activation::silu || activation == Activation::sigmoid;
 }
 
 // exp(v) by 2^n * p(r), r = v - n ln 2, |r| <= ln(2)/2; Cephes' degree-6 polynomial, relative error below 2 ulp. Past the largest finite
@@ -59,11 +61,11 @@ FASTCONV_INLINE vec activate(vec v, Activation activation) {
   }
 }
 
-// In place on rows x columns; the tile it follows is still in L1.
-inline __attribute__((noinline)) void activate_rows(float* out, int64_t stride, int64_t rows, int64_t columns, Activation activation) {
+// In place on rows x columns.
+inline __attribute__((noinline)) void activate_rows(float* out, Strides strides, int64_t rows, int64_t columns, Activation activation) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += W) {
-      float* p = out + r * stride + c;
+      float* p = out + strides.at(r, c);
       store_up_to(p, activate(load_up_to(p, columns - c), activation), columns - c);
     }
 }

@@ -1,9 +1,8 @@
 // The contract of the micro-kernels: plain structs and a table of function pointers, one table per ISA.
 //
-// All tensors are fp32 and channels innermost. A "pixel" is one spatial position: its channels are contiguous, and *_stride counts
-// floats between horizontally neighbouring pixels (>= channels: a slice of a wider tensor is fine). Nothing outside the named
-// elements is read or written. Every output element is accumulated in the same order whatever range it is computed in, so results do
-// not depend on how the ranges are split among threads.
+// All tensors are fp32. A "pixel" is one spatial position; Strides says where its channels stand. Nothing outside the named elements is
+// read or written, except that the unused lanes of a blocked image's last block may be. Every output element is accumulated in the same
+// order whatever range it is computed in, so results do not depend on how the ranges are split among threads.
 //
 // Weights come packed (pack.h): "panels" hold 16 output channels each, (panel, tap * in_channels + c, 16); "taps" are (K*K, channels).
 // A pointwise convolution whose last panel holds at most 8 channels has that panel "paired": two inputs by 8 channels a vector.
@@ -25,6 +24,15 @@ FASTCONV_SHARED constexpr inline int64_t panels_for(int64_t channels) { return c
 constexpr int64_t PAIRED = PANEL / 2;  // most channels of a paired panel
 FASTCONV_SHARED constexpr inline bool last_panel_is_paired(int64_t channels) { return channels % PANEL != 0 && channels % PANEL <= PAIRED; }
 
+// Channel c of pixel p stands at p * pixel + c / PANEL * block + c % PANEL. Channels innermost: pixel >= channels (a slice of a wider
+// tensor is fine), block = PANEL. Blocked: pixel = PANEL, and neighbouring pixels of 16 channels are neighbouring cache lines.
+struct Strides {
+  int64_t pixel, block;
+  FASTCONV_SHARED constexpr Strides(int64_t pixel = 0, int64_t block = PANEL) : pixel(pixel), block(block) {}
+  FASTCONV_SHARED bool innermost() const { return block == PANEL; }
+  FASTCONV_SHARED int64_t at(int64_t p, int64_t c) const { return p * pixel + c / PANEL * block + c % PANEL; }
+};
+
 struct Range {
   int64_t begin, end;
   FASTCONV_SHARED int64_t size() const { return end - begin; }
@@ -34,25 +42,25 @@ struct Range {
 struct Epilogue {
   const float* bias;                // (out_channels)
   const float* residual = nullptr;  // pixels as in the output, or none
-  int64_t residual_stride = 0;
+  Strides residual_strides = 0;
   Activation activation = Activation::none;
 };
 
 // 1x1 convolution: a matrix product over pixels.
 struct Pointwise {
   const float* x;
-  int64_t x_stride;
+  Strides x_strides;
   int64_t in_channels, out_channels;
   const float* panels;
   Epilogue epilogue;
   float* out;
-  int64_t out_stride;
+  Strides out_strides;
 };
 
-// Dense KxK convolution of one image. Taps that fall outside the image read `zeros`, so no padded copy is made.
+// Dense KxK convolution of one image, channels innermost. Taps that fall outside the image read `zeros`, so no padded copy is made.
 struct Conv {
   const float* x;
-  int64_t x_stride;
+  int64_t x_stride;  // floats between pixels
   int64_t height, width, in_channels, out_channels;
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
@@ -60,7 +68,7 @@ struct Conv {
   const float* zeros;  // in_channels zeros
   Epilogue epilogue;
   float* out;
-  int64_t out_stride;
+  Strides out_strides;
 };
 
 // The same when the image already stands in a buffer with its zero border: x points at the tap (0, 0) of output pixel (0, 0).
@@ -73,7 +81,7 @@ struct PaddedConv {
   const float* panels;
   Epilogue epilogue;
   float* out;
-  int64_t out_stride;
+  Strides out_strides;
 };
 
 // First layer: KxK over at most 4 channels, NCHW or channels_last, through a row buffer that carries the zero border.
@@ -86,7 +94,7 @@ struct Stem {
   const float* panels;
   Epilogue epilogue;
   float* out;
-  int64_t out_stride;
+  Strides out_strides;
   FASTCONV_SHARED int64_t scratch_floats() const { return kernel_h * in_channels * buffer_width(); }
   FASTCONV_SHARED int64_t buffer_width() const { return (out_width - 1) * stride_w + kernel_w; }
 };
@@ -95,7 +103,8 @@ struct Stem {
 // ring_rows = height; a ring of fewer rows serves the fused blocks.
 struct Depthwise {
   const float* x;
-  int64_t x_stride, x_row_stride, ring_rows;
+  Strides x_strides;
+  int64_t x_row_stride, ring_rows;
   int64_t height, width, channels;
   int64_t out_width;
   int64_t kernel, stride_h, stride_w, pad_h, pad_w;
@@ -103,18 +112,20 @@ struct Depthwise {
   const float* bias;
   Activation activation;
   float* out;
-  int64_t out_stride, out_row_stride;
+  Strides out_strides;
+  int64_t out_row_stride;
 };
 
 // 3x3 maximum, NaN propagating; windows are clipped at the image's border. Rows as in Depthwise.
 struct MaxPool {
   const float* x;
-  int64_t x_stride, x_row_stride, ring_rows;
+  Strides x_strides;
+  int64_t x_row_stride, ring_rows;
   int64_t height, width, channels;
   int64_t out_width;
   int64_t stride_h, stride_w, pad_h, pad_w;
   float* out;
-  int64_t out_stride;
+  Strides out_strides;
 };
 
 struct KernelInfo {
@@ -136,8 +147,9 @@ struct Kernels {
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);
-  void (*sum_pixels)(const float* x, int64_t x_stride, int64_t pixels, int64_t channels, float* sums);        // adds to sums
-  void (*scale_channels)(float* x, int64_t x_stride, int64_t pixels, int64_t channels, const float* scales);  // in place
+  // Of channels from a block's first on: sums is what they point at for the first of them.
+  void (*sum_pixels)(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums);        // adds to sums
+  void (*scale_channels)(float* x, Strides strides, int64_t pixels, int64_t channels, const float* scales);  // in place
   // peak.h
   double (*fma_chains)(int64_t iterations, float* sink);
   void (*read_stream)(const float* x, int64_t count, float* sink);

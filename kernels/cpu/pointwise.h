@@ -15,9 +15,10 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
   const int64_t most = TILE * (tiles_at_once < 1 ? 1 : small && tiles_at_once > 4 ? 4 : tiles_at_once);
   for (int64_t m = pixels.begin; m < pixels.end; m += most) {
     const int64_t rows = pixels.end - m < most ? pixels.end - m : most;
-    const StridedSource source{op.x + m * op.x_stride, op.x_stride, 1, K, 0};
-    Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_stride, op.out_stride, 0};
-    if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_stride;
+    const float* const x = op.x + m * op.x_strides.pixel;
+    const StridedSource source{x, op.x_strides.pixel, 1, K, 0};
+    Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_strides.pixel, op.out_strides, 0};
+    if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_strides.pixel;
     const bool paired = last_panel_is_paired(op.out_channels);
     const bool cold = !small || m == pixels.begin;  // weights that this call has not brought into L2 yet
     const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
@@ -29,7 +30,10 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
         at.ahead_lines = K * (left < PANELS ? left : PANELS);
         at.ahead_lines_a_tile = K / UNROLL * AHEAD_LINES;
       }
-      cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
+      if (op.x_strides.innermost())
+        cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
+      else
+        cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Blocked<MR>(x + first * PANEL, op.x_strides.block, K); });
     };
     if (rows <= 4)  // a matrix-vector product reads each weight once: the more streams at a time, the better memory keeps up
       for_each_chunk<MAX_NV>(panels, op.out_channels, paired, chunk);

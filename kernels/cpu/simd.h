@@ -83,6 +83,15 @@ FASTCONV_INLINE void store_first(float* p, vec v, int n) {
 FASTCONV_INLINE vec load_up_to(const float* p, int64_t n) { return n >= W ? load(p) : load_first(p, static_cast<int>(n)); }
 FASTCONV_INLINE void store_up_to(float* p, vec v, int64_t n) { n >= W ? store(p, v) : store_first(p, v, static_cast<int>(n)); }
 
+// The larger; a NaN in either stays.
+#if defined(FASTCONV_ISA_IS_AVX512)
+FASTCONV_INLINE vec maximum(vec a, vec b) { return _mm512_mask_mov_ps(_mm512_max_ps(b, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b); }
+#elif defined(FASTCONV_ISA_IS_AVX2)
+FASTCONV_INLINE vec maximum(vec a, vec b) { return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
+#else
+FASTCONV_INLINE vec maximum(vec a, vec b) { return (b > a) | (b != b) ? b : a; }
+#endif
+
 // NaN in v stays NaN: x86's max and min return their second operand when either is NaN; the plain comparison is then false.
 #if defined(FASTCONV_ISA_IS_AVX512)
 FASTCONV_INLINE vec at_least(vec v, vec low) { return _mm512_max_ps(low, v); }

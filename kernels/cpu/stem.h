@@ -55,7 +55,7 @@ void stem_rows(const Stem& op, Range rows, float* buffer) {
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
     fetch_rows(op, oh + 1);
-    const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_stride, op.out_stride, 0};
+    const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
     for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false,
                                  [&](auto NV, std::false_type, int64_t column, int64_t columns) {
                                    cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {

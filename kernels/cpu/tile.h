@@ -58,6 +58,7 @@ struct Strided {
 #pragma GCC unroll 8
     for (int i = 0; i < (MR + 2) / 3; ++i) p[i] = first + 3 * i * stride;
   }
+  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() { x += MR * stride; }
   FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p[r / 3] + (r % 3 * stride + u); }
   FASTCONV_INLINE void advance(int n) {
@@ -67,6 +68,22 @@ struct Strided {
       asm("" : "+r"(p[i]));  // keeps the compiler from deriving one pointer a row after all
     }
   }
+};
+
+// Pixels of a blocked image: a segment is a block of 16 inputs. One pointer serves all rows, whose places are constants.
+template <int MR>
+struct Blocked {
+  static constexpr bool FETCHES = true;
+  const float* x;
+  int64_t block, inputs, segments;
+  const float* p;
+  FASTCONV_INLINE Blocked(const float* x, int64_t block, int64_t inputs)
+      : x(x), block(block), inputs(inputs), segments(ceil_div(inputs, PANEL)), p(x) {}
+  FASTCONV_INLINE void enter(int64_t s) { p = x + s * block; }
+  FASTCONV_INLINE int64_t depth_of(int64_t s) const { return s + 1 < segments ? PANEL : inputs - s * PANEL; }
+  FASTCONV_INLINE void next() { x += MR * PANEL; }
+  FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p + (r * PANEL + u); }
+  FASTCONV_INLINE void advance(int n) { p += n; }
 };
 
 // Rows found through a table of pointers, (segments, rows): taps outside the image point at zeros.
@@ -79,6 +96,7 @@ struct Indirect {
   FASTCONV_INLINE void enter(int64_t s) {
     for (int r = 0; r < MR; ++r) p[r] = table[s * MR + r];
   }
+  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() {}  // a table serves one tile
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return p[r] + (k + u); }
   FASTCONV_INLINE void advance(int) {}
@@ -92,6 +110,7 @@ struct Stepped {
   const int32_t* offsets;
   int64_t segments, depth, step;
   FASTCONV_INLINE void enter(int64_t) {}
+  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() { x += MR * (STEP ? STEP : step); }
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return x + (offsets[k + u] + r * (STEP ? STEP : step)); }
   FASTCONV_INLINE void advance(int) {}
@@ -103,10 +122,29 @@ struct Output {
   int64_t panel_stride;
   Epilogue epilogue;
   float* out;
-  int64_t out_stride, columns;
+  Strides out_strides;
+  int64_t columns;
   const float* ahead = nullptr;  // weights that are needed next, of which ahead_lines cache lines are fetched meanwhile
   int64_t ahead_lines = 0, ahead_lines_a_tile = 0;
 };
+
+// sum[v] += *x * weight[v]. Two vectors on AVX-512 are spelled out: with 28 sums alive gcc issues broadcasts early and spills sums for them
+// (56x64->32: 231 and 242 GFLOP/s).
+template <int NV, int SUMS>
+FASTCONV_INLINE void multiply_add(vec (&sum)[SUMS], const float* x, const vec (&weight)[NV + 1]) {
+#if defined(FASTCONV_ISA_IS_AVX512)
+  if constexpr (NV == 2) {
+    vec value;
+    asm volatile("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+                 : "+v"(sum[0]), "+v"(sum[1]), "=&v"(value)
+                 : "m"(*x), "v"(weight[0]), "v"(weight[1]));
+    return;
+  }
+#endif
+  const vec value = splat(*x);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) sum[v] += value * weight[v];
+}
 
 // `count` tiles one below the other; PAIR: a paired panel follows the NV vectors.
 template <int MR, int NV, bool PAIR, class Rows>
@@ -142,17 +180,14 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 
     for (int64_t s = 0; s < rows.segments; ++s) {
       rows.enter(s);
+      const int64_t depth = rows.depth_of(s);
       const auto step = [&](int64_t k, int u) FASTCONV_LAMBDA_INLINE {
         vec weight[NV + 1];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + u * PANEL);
         if constexpr (NV > 0)
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) {
-            const vec x = splat(*rows.at(r, k, u));
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) sum[r][v] += x * weight[v];
-          }
+          for (int r = 0; r < MR; ++r) multiply_add<NV>(sum[r], rows.at(r, k, u), weight);
       };
       const auto step_pair = [&](int64_t k, int u, bool one) FASTCONV_LAMBDA_INLINE {
         if constexpr (PAIR) {
@@ -173,7 +208,7 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         for (int v = 0; v < ALL; ++v) panel[v] += (v < NV ? n : n / 2) * PANEL;
       };
       int64_t k = 0;
-      for (; k + UNROLL <= rows.depth; k += UNROLL) {
+      for (; k + UNROLL <= depth; k += UNROLL) {
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL; ++u) {
           step(k, u);
@@ -186,14 +221,14 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         }
         advance(UNROLL);
       }
-      if (k + 2 <= rows.depth) {
+      if (k + 2 <= depth) {
         step(k, 0);
         step_pair(k, 0, false);
         step(k, 1);
         advance(2);
         k += 2;
       }
-      if (k < rows.depth) {
+      if (k < depth) {
         step(k, 0);
         step_pair(k, 0, true);
         advance(1);
@@ -217,13 +252,20 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < PLAIN; ++v)
-          if (columns > v * W) sum[r][v] += load_up_to(to.epilogue.residual + r * to.epilogue.residual_stride + v * W, columns - v * W);
+          if (columns > v * W) sum[r][v] += load_up_to(to.epilogue.residual + to.epilogue.residual_strides.at(r, v * W), columns - v * W);
+    }
+    if (to.epilogue.activation == Activation::hardswish) {
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < PLAIN; ++v) sum[r][v] = activate(sum[r][v], Activation::hardswish);
     }
     const auto finish = [&](auto put) FASTCONV_LAMBDA_INLINE {
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < PLAIN; ++v) put(to.out + r * to.out_stride + v * W, clamp(sum[r][v]), v);
+      for (int v = 0; v < PLAIN; ++v) {
+        float* out = to.out + to.out_strides.at(0, v * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r, out += to.out_strides.pixel) put(out, clamp(sum[r][v]), v);
       }
     };
     if (!PAIR && columns == NV * W)
@@ -235,11 +277,11 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         else if (columns > v * W)
           store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
       });
-    if (!is_clamp(to.epilogue.activation)) activate_rows(to.out, to.out_stride, MR, columns, to.epilogue.activation);
+    if (in_second_pass(to.epilogue.activation)) activate_rows(to.out, to.out_strides, MR, columns, to.epilogue.activation);
 
     rows.next();
-    to.out += MR * to.out_stride;
-    if (to.epilogue.residual) to.epilogue.residual += MR * to.epilogue.residual_stride;
+    to.out += MR * to.out_strides.pixel;
+    if (to.epilogue.residual) to.epilogue.residual += MR * to.epilogue.residual_strides.pixel;
   }
 }
 
@@ -277,8 +319,8 @@ FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
       at.ahead += fetched * 16;
       at.ahead_lines -= fetched;
     }
-    at.out += first * to.out_stride;
-    if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_stride;
+    at.out += first * to.out_strides.pixel;
+    if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_strides.pixel;
     with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV, PAIR>(rows_of(MR, first), number, at); });
   };
   run(pieces.size + 1, 0, pieces.longer);
@@ -289,8 +331,8 @@ FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
 FASTCONV_INLINE Output at_column(Output to, int64_t column, int64_t columns) {
   to.panels += column / PANEL * to.panel_stride + column % PANEL;
   to.epilogue.bias += column;
-  if (to.epilogue.residual) to.epilogue.residual += column;
-  to.out += column;
+  if (to.epilogue.residual) to.epilogue.residual += to.epilogue.residual_strides.at(0, column);
+  to.out += to.out_strides.at(0, column);
   to.columns = columns;
   return to;
 }

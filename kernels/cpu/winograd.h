@@ -130,10 +130,11 @@ inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float*
         });
         for (int64_t t = 0; t < count; ++t) {
           const int64_t tile = first + t, oh = (row + tile / tiles_w) * 4, ow = tile % tiles_w * 4;
-          float* out = op.out + (oh * op.out_width + ow) * op.out_stride + column;
+          const int64_t pixel = op.out_strides.pixel;
           for (int64_t c = 0; c < columns; c += W)
-            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp, out + c,
-                        op.out_stride, op.out_width * op.out_stride, op.out_height - oh, op.out_width - ow, columns - c);
+            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
+                        op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
+                        op.out_width - ow, columns - c);
         }
         first += count;
       }
