@@ -231,7 +231,6 @@ struct FireStrip {
 
   int64_t row_floats() const { return width * squeeze; }
   int64_t buffer_rows(int64_t rows) const { return ceil_div(rows, unit) * unit + 2; }
-  int64_t panels() const { return panels_for(op.expand1x1.out_channels) + panels_for(op.expand3x3_channels); }
 
   // Rows [part.begin, part.end) of the buffer, whose row 0 is the image's row `first` - 1.
   void fill(const float* x, int64_t first, Range part, float* buffer) const {
@@ -250,46 +249,90 @@ struct FireStrip {
     }
   }
 
-  // Panels are counted through both expands: first those of expand1x1, then those of expand3x3.
-  void expand(const float* buffer, Range rows, Range panels, float* out) const {
+  void expand1x1(const float* buffer, Range rows, Range panels, float* out) const {
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const float* row = buffer + (i + 1) * row_floats() + squeeze;
+      float* to = out + (rows.begin + i) * op.width * op.out_strides.pixel;
+      kernels().pointwise(product(op.expand1x1, row, squeeze, to, op.out_strides), {0, op.width}, panels);
+    }
+  }
+  float* slice3x3(float* out) const { return out + op.out_strides.at(0, op.expand1x1.out_channels); }
+
+  // Both expands of rows whose buffer begins a row before them.
+  void expand(const float* buffer, Range rows, float* out) const {
+    expand1x1(buffer, rows, {0, panels_for(op.expand1x1.out_channels)}, out);
+    expand3x3(buffer, rows.size(), {0, panels_for(op.expand3x3_channels)},
+              slice3x3(out) + rows.begin * op.width * op.out_strides.pixel);
+  }
+
+  // The whole image's, its panels split among the threads: tiles are transformed once.
+  void expand_by_panels(const float* buffer, float* out, const Parallel& parallel) const {
     const Kernels& k = kernels();
-    const int64_t panels1x1 = panels_for(op.expand1x1.out_channels);
-    float* first = out + rows.begin * op.width * op.out_strides.pixel;
-    if (panels.begin < panels1x1)
-      for (int64_t i = 0; i < rows.size(); ++i) {
-        const float* row = buffer + (i + 1) * row_floats() + squeeze;
-        k.pointwise(product(op.expand1x1, row, squeeze, first + i * op.width * op.out_strides.pixel, op.out_strides), {0, op.width},
-                    {panels.begin, std::min(panels.end, panels1x1)});
-      }
-    if (panels.end > panels1x1)
-      expand3x3(buffer, rows.size(), {std::max(panels.begin, panels1x1) - panels1x1, panels.end - panels1x1},
-                first + op.out_strides.at(0, op.expand1x1.out_channels));
+    const int64_t panels1x1 = panels_for(op.expand1x1.out_channels), panels3x3 = panels_for(op.expand3x3_channels);
+    const int64_t tile_rows = ceil_div(op.height, 4);
+    const PaddedConv conv = direct(buffer, op.height, slice3x3(out)), tiled = this->tiled(buffer, op.height, slice3x3(out));
+    std::vector<char> tiles(tile_rows, 0);  // which rows of tiles go through Winograd
+    float* transformed = nullptr;
+    if (winograd) {
+      transformed = step_scratch[0].floats(k.winograd_transformed(tiled));
+      parallel.split(tile_rows, 1, 1, [&](Range range) {
+        for (int64_t t = range.begin; t < range.end; ++t)
+          if ((tiles[t] = moderate(buffer, {t, t + 1}))) k.winograd_transform(tiled, {t, t + 1}, transformed);
+      });
+    }
+    const bool all = winograd && std::all_of(tiles.begin(), tiles.end(), [](char tile) { return tile; });
+    // Pieces of two panels of one expand and as large a part of the other's.
+    const int64_t pairs = ceil_div(std::max(panels1x1, panels3x3), 2);
+    parallel.split(pairs, 1, 1, [&](Range range) {
+      const auto part = [&](int64_t panels) { return Range{range.begin * panels / pairs, range.end * panels / pairs}; };
+      const Range three = part(panels3x3);
+      expand1x1(buffer, {0, op.height}, part(panels1x1), out);
+      if (!winograd) return k.padded_conv(conv, {0, op.height}, three);
+      float* sums = tile_scratch.floats(k.winograd_sums);
+      if (all) return k.winograd_multiply(tiled, {0, tile_rows}, three, transformed, sums);
+      for (int64_t t = 0; t < tile_rows; ++t)
+        if (tiles[t])
+          k.winograd_multiply(tiled, {t, t + 1}, three, transformed, sums);
+        else
+          k.padded_conv(conv, {t * 4, std::min(t * 4 + 4, op.height)}, three);
+    });
   }
 
  private:
+  PaddedConv direct(const float* buffer, int64_t rows, float* out) const {
+    return {buffer,
+            squeeze,
+            row_floats(),
+            squeeze,
+            op.expand3x3_channels,
+            rows,
+            op.width,
+            3,
+            3,
+            op.panels3x3,
+            {op.bias3x3, nullptr, 0, Activation::relu},
+            out,
+            op.out_strides};
+  }
+  PaddedConv tiled(const float* buffer, int64_t rows, float* out) const {
+    PaddedConv conv = direct(buffer, rows, out);
+    conv.panels = op.winograd3x3;
+    return conv;
+  }
+  // NaN, infinities and huge numbers propagate as in a direct sum, so rows of tiles that hold one are for that.
+  bool moderate(const float* buffer, Range tile_rows) const {
+    return kernels().all_moderate(buffer + tile_rows.begin * 4 * row_floats(), (tile_rows.size() * 4 + 2) * row_floats());
+  }
+
   void expand3x3(const float* buffer, int64_t rows, Range panels, float* out) const {
     const Kernels& k = kernels();
-    PaddedConv conv{buffer,
-                    squeeze,
-                    row_floats(),
-                    squeeze,
-                    op.expand3x3_channels,
-                    rows,
-                    op.width,
-                    3,
-                    3,
-                    op.panels3x3,
-                    {op.bias3x3, nullptr, 0, Activation::relu},
-                    out,
-                    op.out_strides};
+    const PaddedConv conv = direct(buffer, rows, out), tiled = this->tiled(buffer, rows, out);
     if (!winograd) return k.padded_conv(conv, {0, rows}, panels);
-    PaddedConv tiled = conv;
-    tiled.panels = op.winograd3x3;
     const int64_t tile_rows = ceil_div(rows, 4);
     float* scratch = tile_scratch.floats(k.winograd_scratch(tiled, tile_rows));
-    if (k.all_moderate(buffer, buffer_rows(rows) * row_floats())) return k.winograd(tiled, {0, tile_rows}, panels, scratch);
-    for (int64_t t = 0; t < tile_rows; ++t)  // NaN, infinities and huge numbers propagate as in a direct sum
-      if (k.all_moderate(buffer + t * 4 * row_floats(), 6 * row_floats()))
+    if (moderate(buffer, {0, tile_rows})) return k.winograd(tiled, {0, tile_rows}, panels, scratch);
+    for (int64_t t = 0; t < tile_rows; ++t)
+      if (moderate(buffer, {t, t + 1}))
         k.winograd(tiled, {t, t + 1}, panels, scratch);
       else
         k.padded_conv(conv, {t * 4, std::min(t * 4 + 4, rows)}, panels);
@@ -303,20 +346,20 @@ void run_fire(const Fire& op, const Parallel& parallel) {
   const int64_t pixels = op.height * op.width, in_floats = pixels * op.x_strides.pixel, out_floats = pixels * op.out_strides.pixel;
   const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads();
   if (op.batch < threads) {
-    // The threads share the squeezed image. Panels are split where they are the larger traffic, so that weights stream once.
+    // The threads share the squeezed image. Panels are split where rows of tiles are too few for even parts.
     const int64_t rows = strip.buffer_rows(op.height);
     float* buffer = shared_scratch.floats(rows * strip.row_floats());
-    const bool by_panels = strip.out_channels > op.height * op.width;
+    const bool by_panels = units < 4 * threads || strip.out_channels > pixels;
     for (int64_t n = 0; n < op.batch; ++n) {
       split(parallel, rows, op.width * op.squeeze.in_channels * strip.squeeze,
             [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
       float* out = op.out + n * out_floats;
       if (by_panels)
-        parallel.split(strip.panels(), 2, 2, [&](Range panels) { strip.expand(buffer, {0, op.height}, panels, out); });
+        strip.expand_by_panels(buffer, out, parallel);
       else
         parallel.split(units, 1, 1, [&](Range range) {
           strip.expand(buffer + range.begin * strip.unit * strip.row_floats(),
-                       {range.begin * strip.unit, std::min(range.end * strip.unit, op.height)}, {0, strip.panels()}, out);
+                       {range.begin * strip.unit, std::min(range.end * strip.unit, op.height)}, out);
         });
     }
     return;
@@ -328,7 +371,7 @@ void run_fire(const Fire& op, const Parallel& parallel) {
       const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
       float* buffer = private_scratch.floats(strip.buffer_rows(rows.size()) * strip.row_floats());
       strip.fill(op.x + n * in_floats, rows.begin, {0, strip.buffer_rows(rows.size())}, buffer);
-      strip.expand(buffer, rows, {0, strip.panels()}, op.out + n * out_floats);
+      strip.expand(buffer, rows, op.out + n * out_floats);
       u += last - first;
     }
   });

@@ -143,6 +143,11 @@ struct Kernels {
   // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs.
   void (*winograd)(const PaddedConv&, Range tile_rows, Range panels, float* scratch);
   int64_t (*winograd_scratch)(const PaddedConv&, int64_t tile_rows);  // floats
+  // The same in two steps: rows of tiles, transformed once, for any panels. `sums`: winograd_sums floats.
+  int64_t (*winograd_transformed)(const PaddedConv&);  // floats
+  void (*winograd_transform)(const PaddedConv&, Range tile_rows, float* transformed);
+  void (*winograd_multiply)(const PaddedConv&, Range tile_rows, Range panels, float* transformed, float* sums);
+  int64_t winograd_sums;
   bool (*all_moderate)(const float* x, int64_t count);                // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin

@@ -86,6 +86,14 @@ struct Blocked {
   FASTCONV_INLINE void advance(int n) { p += n; }
 };
 
+// The same in `planes` that stand a stride apart: the next tile is the next plane's.
+template <int MR>
+struct Planes : Blocked<MR> {
+  int64_t plane;
+  FASTCONV_INLINE Planes(const float* x, int64_t block, int64_t inputs, int64_t plane) : Blocked<MR>(x, block, inputs), plane(plane) {}
+  FASTCONV_INLINE void next() { this->x += plane; }
+};
+
 // Rows found through a table of pointers, (segments, rows): taps outside the image point at zeros.
 template <int MR>
 struct Indirect {
@@ -126,6 +134,7 @@ struct Output {
   int64_t columns;
   const float* ahead = nullptr;  // weights that are needed next, of which ahead_lines cache lines are fetched meanwhile
   int64_t ahead_lines = 0, ahead_lines_a_tile = 0;
+  int64_t panel_step = 0, out_step = 0;  // from tile to tile, where the next is not the pixels below
 };
 
 // sum[v] += *x * weight[v]. Two vectors on AVX-512 are spelled out: with 28 sums alive gcc issues broadcasts early and spills sums for them
@@ -280,7 +289,8 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
     if (in_second_pass(to.epilogue.activation)) activate_rows(to.out, to.out_strides, MR, columns, to.epilogue.activation);
 
     rows.next();
-    to.out += MR * to.out_strides.pixel;
+    to.panels += to.panel_step;
+    to.out += to.out_step ? to.out_step : MR * to.out_strides.pixel;
     if (to.epilogue.residual) to.epilogue.residual += MR * to.epilogue.residual_strides.pixel;
   }
 }

@@ -32,33 +32,41 @@ FASTCONV_INLINE void output_transform(const vec (&m)[6], vec (&out)[4]) {
   out[3] = b + 8.0f * d + m[5];
 }
 
-// One row of tiles into transformed[36][capacity][channels], from place `first`.
-inline void transform_tile_row(const PaddedConv& op, int64_t tile_row, int64_t tiles, float* transformed, int64_t capacity, int64_t first) {
-  const int64_t channels = op.in_channels, plane = capacity * channels;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const float* x = op.x + tile_row * 4 * op.x_row_stride + t * 4 * op.x_stride;
-    float* out = transformed + (first + t) * channels;
-    for (int64_t c = 0; c < channels; c += W) {
-      const int64_t left = channels - c;
-      vec rows[6][6];  // B^T d
+// Transformed inputs: 36 planes, each a blocked image of `capacity` tiles.
+struct Transformed {
+  float* data;
+  int64_t capacity, block, plane;  // tiles, floats between blocks of 16 channels, floats between planes
+  FASTCONV_INLINE Transformed(float* data, int64_t capacity, int64_t channels)
+      : data(data), capacity(capacity), block(capacity * PANEL), plane(panels_for(channels) * block) {}
+};
+
+// Rows of tiles, to places from `first` on.
+inline void transform_tiles(const PaddedConv& op, Range tile_rows, int64_t tiles_w, const Transformed& to, int64_t first) {
+  for (int64_t row = tile_rows.begin; row < tile_rows.end; ++row)
+    for (int64_t t = 0; t < tiles_w; ++t, ++first) {
+      const float* x = op.x + row * 4 * op.x_row_stride + t * 4 * op.x_stride;
+      for (int64_t c = 0; c < op.in_channels; c += W) {
+        const int64_t left = op.in_channels - c;
+        float* out = to.data + c / PANEL * to.block + c % PANEL + first * PANEL;
+        vec rows[6][6];  // B^T d
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) {
-        vec column[6], to[6];
+        for (int j = 0; j < 6; ++j) {
+          vec column[6], to[6];
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * op.x_row_stride + j * op.x_stride + c, left);
-        input_transform(column, to);
+          for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * op.x_row_stride + j * op.x_stride + c, left);
+          input_transform(column, to);
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
-      }
+          for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
+        }
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
-        vec to[6];
-        input_transform(rows[i], to);
+        for (int i = 0; i < 6; ++i) {
+          vec line[6];
+          input_transform(rows[i], line);
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * plane + c, to[j], left);
+          for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * to.plane, line[j], left);
+        }
       }
     }
-  }
 }
 
 // Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written.
@@ -88,7 +96,48 @@ FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, con
 alignas(64) constexpr float no_bias[MAX_NV * W] = {};
 constexpr int WINOGRAD_NV = W == 16 ? 2 : MAX_NV;  // output vectors a pass
 constexpr int WINOGRAD_TILES = max_rows<WINOGRAD_NV>();
+constexpr int64_t WINOGRAD_SUMS = 36 * WINOGRAD_TILES * WINOGRAD_NV * W;
 constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
+
+// The 36 products of tiles [tiles.begin, tiles.end), which stand in `from` from place `first` on, and their outputs.
+inline void winograd_products(const PaddedConv& op, Range tiles_range, int64_t tiles_w, Range panels, const Transformed& from, int64_t first,
+                              float* sums) {
+  constexpr int NV = WINOGRAD_NV;
+  constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
+  const int64_t K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
+  const Clamp clamp(op.epilogue.activation);
+  const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
+  const Pieces pieces(tiles_range.size(), WINOGRAD_TILES);
+  for (int64_t column = panels.begin * PANEL; column < end; column += NV * W) {
+    const int64_t columns = end - column < NV * W ? end - column : NV * W;
+    int64_t done = 0;
+    for (int64_t piece = 0; piece < pieces.longer + pieces.shorter; ++piece) {
+      const int64_t count = pieces.size + (piece < pieces.longer);
+      with_constant<NV>(ceil_div(columns, W), [&](auto VECTORS) {
+        constexpr int MOST = max_rows<VECTORS>() < WINOGRAD_TILES ? max_rows<VECTORS>() : WINOGRAD_TILES;
+        Output to{op.panels + column / PANEL * panel_stride, panel_stride, {no_bias, nullptr, 0, Activation::none}, sums, sums_stride,
+                  VECTORS * W};
+        to.panel_step = K * PANEL;
+        to.out_step = sums_plane;
+        for (int64_t row = 0; row < count; row += MOST) {
+          const float* x = from.data + (first + done + row) * PANEL;
+          with_constant<MOST>(count - row < MOST ? count - row : MOST, [&](auto MR) {
+            tiles<MR, VECTORS, false>(Planes<MR>(x, from.block, K, from.plane), 36, to);
+          });
+          to.out += MOST * sums_stride;
+        }
+      });
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t tile = tiles_range.begin + done + t, oh = tile / tiles_w * 4, ow = tile % tiles_w * 4;
+        for (int64_t c = 0; c < columns; c += W)
+          finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
+                      op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
+                      op.out_width - ow, columns - c);
+      }
+      done += count;
+    }
+  }
+}
 
 FASTCONV_INLINE int64_t winograd_rows_at_once(const PaddedConv& op) {
   const int64_t row = 36 * ceil_div(op.out_width, 4) * op.in_channels;
@@ -98,53 +147,35 @@ FASTCONV_INLINE int64_t winograd_rows_at_once(const PaddedConv& op) {
 // Rows of tiles [tile_rows.begin, tile_rows.end): output rows from 4 * tile_rows.begin, those beyond op.out_height left out. op.panels are
 // pack_winograd's. Scratch: winograd_scratch floats.
 inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float* scratch) {
-  constexpr int NV = WINOGRAD_NV;
-  const int64_t tiles_w = ceil_div(op.out_width, 4), K = op.in_channels, panel_stride = 36 * K * PANEL, at_once = winograd_rows_at_once(op);
-  const int64_t capacity = (tile_rows.size() < at_once ? tile_rows.size() : at_once) * tiles_w;
-  float* sums = scratch;  // (36, WINOGRAD_TILES, NV vectors)
-  constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;
-  float* transformed = scratch + 36 * sums_plane;
-  const Clamp clamp(op.epilogue.activation);
-  const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
+  const int64_t tiles_w = ceil_div(op.out_width, 4), at_once = winograd_rows_at_once(op);
+  float* const sums = scratch;
+  const Transformed transformed(scratch + WINOGRAD_SUMS, (tile_rows.size() < at_once ? tile_rows.size() : at_once) * tiles_w, op.in_channels);
   for (int64_t row = tile_rows.begin; row < tile_rows.end; row += at_once) {
-    const int64_t rows = tile_rows.end - row < at_once ? tile_rows.end - row : at_once, tiles_here = rows * tiles_w;
-    for (int64_t r = 0; r < rows; ++r) transform_tile_row(op, row + r, tiles_w, transformed, capacity, r * tiles_w);
-    for (int64_t column = panels.begin * PANEL; column < end; column += NV * W) {
-      const int64_t columns = end - column < NV * W ? end - column : NV * W;
-      const Pieces pieces(tiles_here, WINOGRAD_TILES);
-      int64_t first = 0;
-      for (int64_t piece = 0; piece < pieces.longer + pieces.shorter; ++piece) {
-        const int64_t count = pieces.size + (piece < pieces.longer);
-        with_constant<NV>(ceil_div(columns, W), [&](auto VECTORS) {
-          constexpr int MOST = max_rows<VECTORS>() < WINOGRAD_TILES ? max_rows<VECTORS>() : WINOGRAD_TILES;
-          for (int64_t xi = 0; xi < 36; ++xi) {
-            const StridedSource source{transformed + (xi * capacity + first) * K, K, 1, K, 0};
-            const float* weights = op.panels + column / PANEL * panel_stride + xi * K * PANEL;
-            const Output to{weights,     panel_stride, {no_bias, nullptr, 0, Activation::none}, sums + xi * sums_plane,
-                            sums_stride, VECTORS * W};
-            if (count <= MOST)
-              with_constant<MOST>(count, [&](auto MR) { tiles<MR, VECTORS, false>(Strided<MR>(source, 0), 1, to); });
-            else
-              cover<VECTORS, false>(count, to, [&](auto MR, int64_t from) { return Strided<MR>(source, from); });
-          }
-        });
-        for (int64_t t = 0; t < count; ++t) {
-          const int64_t tile = first + t, oh = (row + tile / tiles_w) * 4, ow = tile % tiles_w * 4;
-          const int64_t pixel = op.out_strides.pixel;
-          for (int64_t c = 0; c < columns; c += W)
-            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
-                        op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
-                        op.out_width - ow, columns - c);
-        }
-        first += count;
-      }
-    }
+    const Range rows{row, tile_rows.end - row < at_once ? tile_rows.end : row + at_once};
+    transform_tiles(op, rows, tiles_w, transformed, 0);
+    winograd_products(op, {rows.begin * tiles_w, rows.end * tiles_w}, tiles_w, panels, transformed, 0, sums);
   }
 }
 
 inline int64_t winograd_scratch(const PaddedConv& op, int64_t tile_rows) {
   const int64_t at_once = winograd_rows_at_once(op), rows = tile_rows < at_once ? tile_rows : at_once;
-  return 36 * (WINOGRAD_TILES * WINOGRAD_NV * W + rows * ceil_div(op.out_width, 4) * op.in_channels);
+  return WINOGRAD_SUMS + 36 * rows * ceil_div(op.out_width, 4) * panels_for(op.in_channels) * PANEL;
+}
+
+// The same in two steps, for threads that share the transformed inputs of a whole image: rows of tiles to `transformed`, of
+// winograd_transformed floats; then panels of all tiles' outputs, with a scratch of its own of WINOGRAD_SUMS floats.
+inline int64_t winograd_transformed(const PaddedConv& op) {
+  return 36 * ceil_div(op.out_height, 4) * ceil_div(op.out_width, 4) * panels_for(op.in_channels) * PANEL;
+}
+inline void winograd_transform(const PaddedConv& op, Range tile_rows, float* transformed) {
+  const int64_t tiles_w = ceil_div(op.out_width, 4);
+  transform_tiles(op, tile_rows, tiles_w, {transformed, ceil_div(op.out_height, 4) * tiles_w, op.in_channels}, tile_rows.begin * tiles_w);
+}
+inline void winograd_multiply(const PaddedConv& op, Range tile_rows, Range panels, float* transformed, float* sums) {
+  const int64_t tiles_w = ceil_div(op.out_width, 4);
+  const Range tiles_range{tile_rows.begin * tiles_w, tile_rows.end * tiles_w};
+  winograd_products(op, tiles_range, tiles_w, panels, {transformed, ceil_div(op.out_height, 4) * tiles_w, op.in_channels},
+                    tiles_range.begin, sums);
 }
 
 // Whether every number of a block is finite and far enough from overflow for the transforms.
