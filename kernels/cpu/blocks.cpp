@@ -22,8 +22,13 @@ void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
   parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
 }
 
-// Pieces of an M x N product over `depth`: f(pixels, panels). The longer side is split first: pixels share weights, panels share inputs,
-// and neighbouring pieces go to one thread. Where that gives too few the other side is split as well.
+// Whether threads split the channels rather than the pixels: the inputs of the other thread's pixels come from its cache, dirty, which
+// costs about four times as much a byte as weights that both read from L3 and that are fetched ahead.
+bool by_channels(int64_t pixels, int64_t channels) { return channels > 4 * pixels; }
+
+// Pieces of an M x N product over `depth`: f(pixels, panels). Pixels share weights, panels share inputs, and neighbouring pieces go to one
+// thread: a share of the pixels, or of the panels. Where that gives too few pieces, or weights too large for L2 would stream once a piece, the
+// other side is split as well.
 template <class F>
 void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
   const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
@@ -31,11 +36,14 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int6
   const int64_t tile = kernels().tile_pixels, group = pixels <= 4 ? 4 : 2;  // panels at a time: pointwise.h
   const int64_t tiles = ceil_div(pixels, tile), groups = ceil_div(panels, group);
   const int64_t most = parallel.number_for(work, SERIAL_WORK);
-  const bool by_panels = out_channels > pixels;
+  const bool by_panels = by_channels(pixels, out_channels);
   int64_t rows, columns;
   if (by_panels) {
     columns = std::min(parallel.number_for(groups, 1), most);
     rows = columns >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / columns, 1, tiles);
+  } else if (depth * out_channels > L2_WEIGHTS && tiles >= parallel.threads()) {
+    rows = parallel.threads();
+    columns = std::clamp<int64_t>(std::min(most, 16 * rows) / rows, 1, groups);
   } else {
     rows = std::min(parallel.number_for(tiles, 1), most);
     columns = rows >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / rows, 1, groups);
@@ -187,11 +195,11 @@ void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const
 
 namespace {
 
-// means = mean over pixels, of the channels in `range`, which begins with a block.
-void average(const float* x, Strides strides, int64_t pixels, Range range, float* means) {
-  std::fill(means + range.begin, means + range.end, 0.0f);
-  kernels().sum_pixels(x + strides.at(0, range.begin), strides, pixels, range.size(), means + range.begin);
-  for (int64_t c = range.begin; c < range.end; ++c) means[c] /= static_cast<float>(pixels);
+// means = sum over pixels / count, of so many channels.
+void average(const float* x, Strides strides, int64_t pixels, int64_t count, int64_t channels, float* means) {
+  std::fill(means, means + channels, 0.0f);
+  kernels().sum_pixels(x, strides, pixels, channels, means);
+  for (int64_t c = 0; c < channels; ++c) means[c] /= static_cast<float>(count);
 }
 
 }  // namespace
@@ -202,7 +210,7 @@ void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64
   split(parallel, batch * blocks, pixels * PANEL, [&](Range tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / blocks, c = task % blocks * PANEL;
-      average(x + x_strides.at(n * pixels, c), x_strides, pixels, {0, std::min(PANEL, channels - c)}, out + out_strides.at(n, c));
+      average(x + x_strides.at(n * pixels, c), x_strides, pixels, pixels, std::min(PANEL, channels - c), out + out_strides.at(n, c));
     }
   });
 }
@@ -424,8 +432,13 @@ struct Block {
 
   // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
   // rings of expanded rows; or layer by layer.
-  bool splits_channels(int64_t count) const { return op.channels > count * in_pixels; }
-  bool in_rings(int64_t count) const { return !splits_channels(count) && op.expands() && weight_floats() <= L2_WEIGHTS; }
+  bool splits_channels(int64_t count, int64_t threads) const {
+    return threads > 1 ? by_channels(count * in_pixels, op.channels) : op.channels > count * in_pixels;
+  }
+  // Each thread makes the halo of its ring anew: worth it where a thread has 14 rows or more.
+  bool in_rings(int64_t count, int64_t threads) const {
+    return !splits_channels(count, threads) && op.expands() && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
+  }
 
   // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once.
   int64_t step() const { return std::min(op.out_height, std::max<int64_t>(2, 28 / op.out_width)); }
@@ -437,7 +450,8 @@ struct Block {
     const Kernels& k = kernels();
     const bool ringed = op.expands() || op.source, buffered = op.expands() && op.source;
     const int64_t step = this->step(), row_floats = op.width * PANEL;
-    const int64_t slots = ringed ? (step - 1) * op.stride_h + op.kernel : op.height;
+    // Rows are made in pairs: an even number of slots, with room for one row more than is used, never parts a pair.
+    const int64_t slots = ringed ? ceil_div((step - 1) * op.stride_h + op.kernel + 1, 2) * 2 : op.height;
     const Strides ring_strides = blocked(slots * op.width), strip_strides = blocked(step * op.out_width);
     const int64_t ring_floats = ringed ? blocked_floats(slots * op.width, op.channels) : 0;
     const int64_t strip_floats = blocked_floats(step * op.out_width, op.channels);
@@ -459,7 +473,7 @@ struct Block {
       const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
       if (ringed) {
         at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
-        at.fill(last, slots, make);
+        at.fill(std::min(ceil_div(last, 2) * 2, op.height), slots, make);
       }
       float* const out = middle ? middle + oh * op.out_width * middle_strides.pixel : strip;
       const Strides out_strides = middle ? middle_strides : strip_strides;
@@ -494,67 +508,102 @@ struct Block {
   void images(Range batch, const Parallel& parallel, Scratch& scratch) const {
     const Kernels& k = kernels();
     const int64_t count = batch.size(), pixels = count * in_pixels, channels = op.channels;
-    const bool by_panels = splits_channels(count), in_rows = in_rings(count);
+    const int64_t threads = parallel.threads();
+    const bool by_panels = splits_channels(count, threads), in_rows = in_rings(count, threads);
     const Strides expanded_strides = blocked(pixels), middle_strides = blocked(count * out_pixels);
     const int64_t expanded_floats = op.expands() && !in_rows ? blocked_floats(pixels, channels) : 0;
     const int64_t middle_floats = blocked_floats(count * out_pixels, channels);
-    const int64_t reduced = op.gates() ? op.squeeze_excite.reduce.out_channels : 0;
-    float* expanded = scratch.floats(expanded_floats + middle_floats + count * (2 * channels + reduced));
+    const int64_t lanes = panels_for(channels) * PANEL, reduced = op.gates() ? op.squeeze_excite.reduce.out_channels : 0;
+    const int64_t row_sums_floats = op.gates() ? count * op.out_height * lanes : 0;
+    float* expanded = scratch.floats(expanded_floats + middle_floats + row_sums_floats + count * (2 * lanes + reduced));
     float* middle = expanded + expanded_floats;
     const float* x = image(batch.begin);
     const auto middle_of = [&](int64_t n, int64_t channel) { return middle + middle_strides.at(n * out_pixels, channel); };
 
+    const Range all_rows{0, count * op.out_height};
+    const SqueezeExcite* gate = op.gates() ? &op.squeeze_excite : nullptr;
+    float* row_sums = middle + middle_floats;
+    float* means = row_sums + row_sums_floats;
+    float* scales = means + count * lanes;
+    float* hidden = scales + count * lanes;
+    // Means are sums of rows' sums, in whatever order the rows were made.
+    const auto sum_rows = [&](int64_t n, Range rows, Range range) {
+      for (int64_t row = rows.begin; gate && row < rows.end; ++row) {
+        float* sums = row_sums + (n * op.out_height + row) * lanes + range.begin;
+        std::fill(sums, sums + range.size(), 0.0f);
+        k.sum_pixels(middle_of(n, range.begin) + row * op.out_width * middle_strides.pixel, middle_strides, op.out_width, range.size(), sums);
+      }
+    };
     const auto run_depthwise = [&](Range image_rows, Range range) {
       for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
         const Strides from = op.expands() ? expanded_strides : op.x_strides;
         const float* source = (op.expands() ? expanded : x) + n * in_pixels * from.pixel;
         float* out = middle_of(n, 0) + part.begin * op.out_width * middle_strides.pixel;
         k.depthwise(depthwise(source, from, op.height, out, middle_strides), part, range);
+        sum_rows(n, part, range);
       });
     };
     const auto expand = [&](Range range, Range panels) {
       k.pointwise(product(op.expand, x, op.x_strides, expanded, expanded_strides), range, panels);
     };
-    const SqueezeExcite* gate = op.gates() ? &op.squeeze_excite : nullptr;
-    float* means = middle + middle_floats;
-    float* scales = means + count * channels;
-    float* hidden = scales + count * channels;
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
-    const auto pool = [&](Range panels) {
-      for (int64_t n = 0; n < count; ++n) average(middle_of(n, 0), middle_strides, out_pixels, channels_of(panels), means + n * channels);
+    const auto pool = [&](Range range) {
+      for (int64_t n = 0; n < count; ++n)
+        average(row_sums + n * op.out_height * lanes + range.begin, lanes, op.out_height, out_pixels, range.size(),
+                means + n * lanes + range.begin);
+    };
+    const auto scale = [&](int64_t n, Range rows, Range range) {
+      k.scale_channels(middle_of(n, range.begin) + rows.begin * op.out_width * middle_strides.pixel, middle_strides,
+                       rows.size() * op.out_width, range.size(), scales + n * lanes + range.begin);
+    };
+    const int64_t first = batch.begin * out_pixels;
+    const Pointwise last = project(middle, middle_strides, op.out + first * op.out_strides.pixel, op.out_strides, first);
+    const auto project_rows = [&](Range rows) {
+      k.pointwise(last, {rows.begin * op.out_width, rows.end * op.out_width}, {0, panels_for(op.project.out_channels)});
+    };
+    // Whether a thread goes on to the projection of the rows that it made or scaled: enough of them for even shares, weights that stay in L2.
+    const bool by_rows = !by_panels && channels * op.project.out_channels <= L2_WEIGHTS && all_rows.size() >= 7 * threads;
+    const auto split_rows = [&](const auto& f) {
+      parallel.pieces(all_rows.size(), parallel.number_for(all_rows.size(), 2), [&](Range rows, int64_t) { f(rows); });
     };
 
-    const Range all_rows{0, count * op.out_height};
     const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
     if (by_panels) {
       parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
         if (op.expands()) expand({0, pixels}, panels);
         run_depthwise(all_rows, channels_of(panels));
-        if (gate) pool(panels);
+        if (gate) pool(channels_of(panels));
       });
     } else if (in_rows) {
       std::vector<Ring> rings(parallel.threads());
       for (int64_t n = 0; n < count; ++n)
         parallel.pieces(op.out_height, parallel.number_for(op.out_height, std::max<int64_t>(2, step())), [&](Range part, int64_t worker) {
           rows(batch.begin + n, part, rings[worker], worker, private_scratch, nullptr, 0, middle_of(n, 0), middle_strides);
+          sum_rows(n, part, {0, channels});
         });
     } else {
       if (op.expands()) split_product(parallel, pixels, op.in_channels, channels, expand);
+      if (by_rows && !gate)
+        return split_rows([&](Range rows) {
+          run_depthwise(rows, {0, channels});
+          project_rows(rows);
+        });
       split(parallel, all_rows.size(), depthwise_work, [&](Range range) { run_depthwise(range, {0, channels}); });
     }
 
     if (gate) {
-      if (!by_panels) split(parallel, panels_for(channels), PANEL * count * out_pixels, pool);
-      run_pointwise(product(gate->reduce, means, channels, hidden, reduced), count, parallel);
+      if (!by_panels) pool({0, channels});  // few sums: cheaper than another loop
+      run_pointwise(product(gate->reduce, means, lanes, hidden, reduced), count, parallel);
       parallel.split(panels_for(channels), 2, 2, [&](Range panels) {
-        k.pointwise(product(gate->expand, hidden, reduced, scales, channels), {0, count}, panels);
-        const Range range = channels_of(panels);
-        for (int64_t n = 0; n < count; ++n)
-          k.scale_channels(middle_of(n, range.begin), middle_strides, out_pixels, range.size(), scales + n * channels + range.begin);
+        k.pointwise(product(gate->expand, hidden, reduced, scales, lanes), {0, count}, panels);
+        for (int64_t n = 0; n < count && !by_rows; ++n) scale(n, {0, op.out_height}, channels_of(panels));
       });
     }
-    const int64_t first = batch.begin * out_pixels;
-    const Pointwise last = project(middle, middle_strides, op.out + first * op.out_strides.pixel, op.out_strides, first);
+    if (by_rows)
+      return split_rows([&](Range rows) {
+        if (gate) for_each_image(rows, op.out_height, [&](int64_t n, Range part) { scale(n, part, {0, channels}); });
+        project_rows(rows);
+      });
     split_product(parallel, count * out_pixels, channels, op.project.out_channels,
                   [&](Range range, Range panels) { k.pointwise(last, range, panels); });
   }
@@ -570,7 +619,7 @@ struct Block {
     for (int64_t n = batch.begin; n < batch.end; n += group) {
       const Range images{n, std::min(n + group, batch.end)};
       // The memory that other blocks' rings left in L2, where this one needs no ring itself: 4% of MobileNet V2.
-      this->images(images, Parallel{}, in_rings(images.size()) ? shared_scratch : private_scratch);
+      this->images(images, Parallel{}, in_rings(images.size(), 1) ? shared_scratch : private_scratch);
     }
   }
 };
