@@ -58,7 +58,6 @@ struct Strided {
 #pragma GCC unroll 8
     for (int i = 0; i < (MR + 2) / 3; ++i) p[i] = first + 3 * i * stride;
   }
-  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() { x += MR * stride; }
   FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p[r / 3] + (r % 3 * stride + u); }
   FASTCONV_INLINE void advance(int n) {
@@ -70,20 +69,28 @@ struct Strided {
   }
 };
 
-// Pixels of a blocked image: a segment is a block of 16 inputs. One pointer serves all rows, whose places are constants.
+// Pixels of a blocked image. One pointer serves all rows, whose places are constants; after 16 inputs it goes on to the next block. (A segment a
+// block would move every sum from register to register between segments.)
 template <int MR>
 struct Blocked {
   static constexpr bool FETCHES = true;
+  static constexpr int64_t segments = 1;
   const float* x;
-  int64_t block, inputs, segments;
+  int64_t to_next_block, depth;
   const float* p;
-  FASTCONV_INLINE Blocked(const float* x, int64_t block, int64_t inputs)
-      : x(x), block(block), inputs(inputs), segments(ceil_div(inputs, PANEL)), p(x) {}
-  FASTCONV_INLINE void enter(int64_t s) { p = x + s * block; }
-  FASTCONV_INLINE int64_t depth_of(int64_t s) const { return s + 1 < segments ? PANEL : inputs - s * PANEL; }
+  int64_t read = 0;
+  FASTCONV_INLINE Blocked(const float* x, int64_t block, int64_t inputs) : x(x), to_next_block(block - PANEL), depth(inputs), p(x) {}
+  FASTCONV_INLINE void enter(int64_t) {
+    p = x;
+    read = 0;
+  }
   FASTCONV_INLINE void next() { x += MR * PANEL; }
   FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p + (r * PANEL + u); }
-  FASTCONV_INLINE void advance(int n) { p += n; }
+  FASTCONV_INLINE void advance(int n) {
+    p += n;
+    read += n;
+    if (read % PANEL == 0) p += to_next_block;
+  }
 };
 
 // The same in `planes` that stand a stride apart: the next tile is the next plane's.
@@ -104,7 +111,6 @@ struct Indirect {
   FASTCONV_INLINE void enter(int64_t s) {
     for (int r = 0; r < MR; ++r) p[r] = table[s * MR + r];
   }
-  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() {}  // a table serves one tile
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return p[r] + (k + u); }
   FASTCONV_INLINE void advance(int) {}
@@ -118,7 +124,6 @@ struct Stepped {
   const int32_t* offsets;
   int64_t segments, depth, step;
   FASTCONV_INLINE void enter(int64_t) {}
-  FASTCONV_INLINE int64_t depth_of(int64_t) const { return depth; }
   FASTCONV_INLINE void next() { x += MR * (STEP ? STEP : step); }
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return x + (offsets[k + u] + r * (STEP ? STEP : step)); }
   FASTCONV_INLINE void advance(int) {}
@@ -189,7 +194,6 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 
     for (int64_t s = 0; s < rows.segments; ++s) {
       rows.enter(s);
-      const int64_t depth = rows.depth_of(s);
       const auto step = [&](int64_t k, int u) FASTCONV_LAMBDA_INLINE {
         vec weight[NV + 1];
 #pragma GCC unroll 4
@@ -217,7 +221,7 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         for (int v = 0; v < ALL; ++v) panel[v] += (v < NV ? n : n / 2) * PANEL;
       };
       int64_t k = 0;
-      for (; k + UNROLL <= depth; k += UNROLL) {
+      for (; k + UNROLL <= rows.depth; k += UNROLL) {
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL; ++u) {
           step(k, u);
@@ -230,14 +234,14 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         }
         advance(UNROLL);
       }
-      if (k + 2 <= depth) {
+      if (k + 2 <= rows.depth) {
         step(k, 0);
         step_pair(k, 0, false);
         step(k, 1);
         advance(2);
         k += 2;
       }
-      if (k < depth) {
+      if (k < rows.depth) {
         step(k, 0);
         step_pair(k, 0, true);
         advance(1);
