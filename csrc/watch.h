@@ -22,6 +22,7 @@ class Watch {
  private:
   using Items = std::vector<std::pair<PyObject*, PyObject*>>;
   void prefetch() const;
+  bool same_dictionaries() const;
   static Items items(PyObject* dict);
 
   // Everything below is kept alive by these lists.
@@ -35,6 +36,7 @@ class Watch {
   std::vector<std::pair<PyObject*, Items>> children_;
   std::vector<const char*> lines_, implementations_;
   std::vector<PyObject*> dicts_;
+  mutable std::vector<uint64_t> tags_;  // the dictionaries' when they were last found unchanged
 };
 
 }  // namespace fastconv
