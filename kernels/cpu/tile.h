@@ -146,7 +146,7 @@ struct Output {
 // (56x64->32: 231 and 242 GFLOP/s).
 template <int NV, int SUMS>
 FASTCONV_INLINE void multiply_add(vec (&sum)[SUMS], const float* x, const vec (&weight)[NV + 1]) {
-#if defined(FASTCONV_ISA_IS_AVX512)
+#if defined(FASTCONV_ISA_IS_AVX512) || defined(FASTCONV_ISA_IS_AVX2)
   if constexpr (NV == 2) {
     vec value;
     asm volatile("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
