@@ -432,8 +432,9 @@ struct Block {
 
   // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
   // rings of expanded rows; or layer by layer.
+  // (With squeeze-excitation a split over channels saves two loops' ends, the expansion's and the means'.)
   bool splits_channels(int64_t count, int64_t threads) const {
-    return threads > 1 ? by_channels(count * in_pixels, op.channels) : op.channels > count * in_pixels;
+    return threads > 1 && !op.gates() ? by_channels(count * in_pixels, op.channels) : op.channels > count * in_pixels;
   }
   // Each thread makes the halo of its ring anew: worth it where a thread has 14 rows or more.
   bool in_rings(int64_t count, int64_t threads) const {
@@ -594,10 +595,14 @@ struct Block {
     if (gate) {
       if (!by_panels) pool({0, channels});  // few sums: cheaper than another loop
       run_pointwise(product(gate->reduce, means, lanes, hidden, reduced), count, parallel);
-      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {
-        k.pointwise(product(gate->expand, hidden, reduced, scales, lanes), {0, count}, panels);
-        for (int64_t n = 0; n < count && !by_rows; ++n) scale(n, {0, op.out_height}, channels_of(panels));
-      });
+      const Pointwise scaling = product(gate->expand, hidden, reduced, scales, lanes);
+      if (by_rows)
+        run_pointwise(scaling, count, parallel);
+      else
+        parallel.split(panels_for(channels), 2, 2, [&](Range panels) {
+          k.pointwise(scaling, {0, count}, panels);
+          for (int64_t n = 0; n < count; ++n) scale(n, {0, op.out_height}, channels_of(panels));
+        });
     }
     if (by_rows)
       return split_rows([&](Range rows) {
