@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -48,6 +49,24 @@ void expect_near(const std::string& what, const std::vector<float>& got, const s
       std::printf("%s %s: element %zu is %g, wanted %g\n", kernels().isa, what.c_str(), i, got[i], wanted[i]);
       std::exit(1);
     }
+}
+
+// Blocked images, a pixel more than they need between blocks; what no channel stands in is NaN, which no result may show.
+Strides blocked_strides(int64_t pixels) { return {PANEL, (pixels + 1) * PANEL}; }
+std::vector<float> empty_blocks(int64_t pixels, int64_t channels) {
+  return std::vector<float>(panels_for(channels) * blocked_strides(pixels).block, std::numeric_limits<float>::quiet_NaN());
+}
+std::vector<float> to_blocks(const std::vector<float>& x, int64_t pixels, int64_t channels) {
+  std::vector<float> blocks = empty_blocks(pixels, channels);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; ++c) blocks[blocked_strides(pixels).at(p, c)] = x[p * channels + c];
+  return blocks;
+}
+std::vector<float> from_blocks(const std::vector<float>& blocks, int64_t pixels, int64_t channels) {
+  std::vector<float> x(pixels * channels);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; ++c) x[p * channels + c] = blocks[blocked_strides(pixels).at(p, c)];
+  return x;
 }
 
 float relu6(float v) { return v < 0 ? 0 : v > 6 ? 6 : v; }
@@ -106,6 +125,13 @@ void check_pointwise(int64_t pixels, int64_t in, int64_t out) {
   kernels().pointwise({x.data(), in, in, out, panels.data(), {bias.data(), residual.data(), out, Activation::relu6}, y.data(), out},
                       {0, pixels}, {0, panels_for(out)});
   expect_equal("pointwise " + s.name(), y, wanted);
+  const auto x_blocks = to_blocks(x, pixels, in), residual_blocks = to_blocks(residual, pixels, out);
+  std::vector<float> blocks = empty_blocks(pixels, out);
+  const Strides strides = blocked_strides(pixels);
+  kernels().pointwise({x_blocks.data(), strides, in, out, panels.data(), {bias.data(), residual_blocks.data(), strides, Activation::relu6},
+                       blocks.data(), strides},
+                      {0, pixels}, {0, panels_for(out)});
+  expect_equal("pointwise, blocked " + s.name(), from_blocks(blocks, pixels, out), wanted);
 }
 
 void check_conv(const Shape& s) {
@@ -124,6 +150,13 @@ void check_conv(const Shape& s) {
   std::vector<float> scratch(stem.scratch_floats());
   kernels().stem(stem, {0, s.out_h()}, scratch.data());
   expect_equal("stem " + s.name(), y, wanted);
+  const int64_t pixels = s.out_h() * s.out_w();
+  std::vector<float> blocks = empty_blocks(pixels, s.out);
+  Stem to_blocked = stem;
+  to_blocked.out = blocks.data();
+  to_blocked.out_strides = blocked_strides(pixels);
+  kernels().stem(to_blocked, {0, s.out_h()}, scratch.data());
+  expect_equal("stem, blocked " + s.name(), from_blocks(blocks, pixels, s.out), wanted);
 }
 
 // 3x3, stride 1, padding 1, in a buffer with its zero border up to whole tiles: Winograd and the direct sum.
@@ -147,6 +180,14 @@ void check_padded(const Shape& s) {
   std::vector<float> scratch(kernels().winograd_scratch(op, tiles_h));
   kernels().winograd(op, {0, tiles_h}, {0, panels_for(s.out)}, scratch.data());
   expect_near("winograd " + s.name(), y, unclamped);
+  const int64_t pixels = s.h * s.w;
+  std::vector<float> blocks = empty_blocks(pixels, s.out), transformed(kernels().winograd_transformed(op)), sums(kernels().winograd_sums);
+  op.out = blocks.data();
+  op.out_strides = blocked_strides(pixels);
+  for (int64_t t = 0; t < tiles_h; ++t) kernels().winograd_transform(op, {t, t + 1}, transformed.data());
+  for (int64_t panel = 0; panel < panels_for(s.out); ++panel)
+    kernels().winograd_multiply(op, {0, tiles_h}, {panel, panel + 1}, transformed.data(), sums.data());
+  expect_equal("winograd in two steps, blocked " + s.name(), from_blocks(blocks, pixels, s.out), y);
 }
 
 void check_depthwise(const Shape& s) {
@@ -159,6 +200,48 @@ void check_depthwise(const Shape& s) {
                        bias.data(), Activation::relu6, y.data(), s.c, s.out_w() * s.c},
                       {0, s.out_h()}, {0, s.c});
   expect_equal("depthwise " + s.name(), y, wanted);
+  const int64_t pixels = s.h * s.w, out_pixels = s.out_h() * s.out_w();
+  const auto x_blocks = to_blocks(x, pixels, s.c);
+  std::vector<float> blocks = empty_blocks(out_pixels, s.c);
+  kernels().depthwise({x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad,
+                       s.pad, taps.data(), bias.data(), Activation::relu6, blocks.data(), blocked_strides(out_pixels), s.out_w() * PANEL},
+                      {0, s.out_h()}, {0, s.c});
+  expect_equal("depthwise, blocked " + s.name(), from_blocks(blocks, out_pixels, s.c), wanted);
+}
+
+// 3x3 maxima with a NaN and an infinity in the image, padding up to 1.
+void check_max_pool(const Shape& s) {
+  auto x = integers(s.h * s.w * s.c);
+  x[x.size() / 2] = std::numeric_limits<float>::quiet_NaN();
+  x[x.size() / 3] = std::numeric_limits<float>::infinity();
+  const int64_t pixels = s.h * s.w, out_pixels = s.out_h() * s.out_w();
+  std::vector<float> wanted(out_pixels * s.c), y(wanted.size(), SENTINEL), blocks = empty_blocks(out_pixels, s.c);
+  for (int64_t oh = 0; oh < s.out_h(); ++oh)
+    for (int64_t ow = 0; ow < s.out_w(); ++ow)
+      for (int64_t c = 0; c < s.c; ++c) {
+        float most = -std::numeric_limits<float>::infinity();
+        for (int64_t ih = oh * s.stride - s.pad; ih < oh * s.stride - s.pad + 3; ++ih)
+          for (int64_t iw = ow * s.stride - s.pad; iw < ow * s.stride - s.pad + 3; ++iw)
+            if (ih >= 0 && ih < s.h && iw >= 0 && iw < s.w) {
+              const float value = x[(ih * s.w + iw) * s.c + c];
+              most = std::isnan(most) || most > value ? most : value;
+            }
+        wanted[(oh * s.out_w() + ow) * s.c + c] = most;
+      }
+  const auto same = [&](const char* what, std::vector<float> got) {
+    std::vector<float> all = wanted;
+    for (std::vector<float>* values : {&got, &all})
+      for (float& value : *values) value = std::isnan(value) ? SENTINEL / 2 : value;
+    expect_equal(what + s.name(), got, all);
+  };
+  kernels().max_pool({x.data(), s.c, s.w * s.c, s.h, s.h, s.w, s.c, s.out_w(), s.stride, s.stride, s.pad, s.pad, y.data(), s.c},
+                     {0, s.out_h()});
+  same("max_pool ", y);
+  const auto x_blocks = to_blocks(x, pixels, s.c);
+  kernels().max_pool({x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.stride, s.stride, s.pad, s.pad,
+                      blocks.data(), blocked_strides(out_pixels)},
+                     {0, s.out_h()});
+  same("max_pool, blocked ", from_blocks(blocks, out_pixels, s.c));
 }
 
 }  // namespace
@@ -179,6 +262,7 @@ int main() {
               const Shape depthwise{c, size, size + 1, c, kernel, stride, pad};
               if (size + 2 * pad < kernel) continue;
               check_depthwise(depthwise);
+              if (kernel == 3 && pad <= 1) check_max_pool(depthwise);
               if (c <= 17) check_conv({c, size, size + 1, c + 2, kernel, stride, pad});
             }
     for (const int64_t c : channels)
