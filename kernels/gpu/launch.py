@@ -25,6 +25,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def kind(dtype: torch.dtype) -> str:
+    """The dtype as the tile tables name it."""
+    return "tf32" if precision(dtype) == "tf32" else DTYPES[dtype]
+
+
+def window(size: tuple[int, int], kernel: int, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+    """The output's height and width."""
+    return tuple((extent + 2 * p - kernel) // s + 1 for extent, s, p in zip(size, stride, padding))
+
+
 def alignment(channels: int) -> int:
     """The largest power of two up to 16 that divides `channels`.
 
@@ -62,3 +72,8 @@ def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torc
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes x's GPU the current one: Triton launches on the current device, and a Python kernel gets no device guard from torch."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def steps(channels: int, depth: int) -> int:
+    """1 where one step holds all channels, which a kernel then compiles without a loop, else 2 for any number."""
+    return 1 if channels <= depth else 2

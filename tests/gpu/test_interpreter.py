@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import blocks
 import cases
 import pytest
 import torch
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
 
-    class TestInterpreter(cases.Checks):
+    class TestInterpreter(cases.Checks, blocks.BlockChecks):
         device = "cpu"
 
         # no bfloat16: the interpreter truncates where a GPU rounds to nearest
