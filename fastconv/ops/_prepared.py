@@ -71,9 +71,9 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
         return False, "ATen (FASTCONV_BACKEND=aten)"
     on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in arguments.values())
     if backend == "triton" or (backend == "auto" and on_cuda and has_triton_kernel()):
-        if name in ("stem", "max_pool", "global_avg_pool"):
+        if name == "max_pool":
             return False, "ATen (no Triton kernel)"
-        why = _uncovered_by_triton(**arguments)
+        why = _uncovered_by_triton(name, **arguments)
         if why is None:
             return False, f"{name} triton"
     else:
@@ -89,8 +89,12 @@ def has_triton_kernel() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
 
 
-def _uncovered_by_triton(stride=None, padding=None, **arguments) -> str | None:
-    weights = {key: value for key, value in arguments.items() if value is not None and "weight" in key}
+def _uncovered_by_triton(name: str, stride=None, padding=None, **arguments) -> str | None:
+    weights = {key: value for key, value in arguments.items() if value is not None and ("weight" in key or key == "like")}
+    if name == "stem":
+        return _cuda.uncovered(weights["weight"], weights["weight"]) or _cuda.uncovered_stem(weights["weight"])
+    if not weights:  # of a kernel without weights no dtype is known yet
+        return None
     weight = weights["depthwise_weight"] if "depthwise_weight" in weights else next(iter(weights.values()))
     return _cuda.uncovered(weight, weight, stride, padding)
 

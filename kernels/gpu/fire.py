@@ -89,6 +89,12 @@ def fire_kernel(
         tl.store(y_tile + O1, activate(acc3[r] + bias3[None, :], "relu").to(dtype), mask=pixel[:, None] & mask3[None, :])
 
 
+def problem(x: torch.Tensor, squeeze_weight: torch.Tensor, weight1x1: torch.Tensor, weight3x3: torch.Tensor) -> Problem:
+    channels, *size = x.shape[1:]
+    out = max(weight1x1.shape[0], weight3x3.shape[0])
+    return Problem("fire", launch.kind(x.dtype), *size, channels, out, 3, (1, 1), (1, 1), squeeze_weight.shape[0])
+
+
 def fire(
     x: torch.Tensor,
     squeeze_weight: torch.Tensor,
@@ -110,8 +116,7 @@ def fire(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    problem = Problem("fire", launch.kind(x.dtype), height, width, channels, max(out1, out3), 3, (1, 1), (1, 1), squeezed)
-    tile = tile or config(problem, launch.arch(x.device))
+    tile = tile or config(problem(x, squeeze_weight, weight1x1, weight3x3), launch.arch(x.device))
     align_in, align_between, align1, align3 = map(launch.alignment, (channels, squeezed, out1, out3))
     tiles, o_blocks = tile.tiles(height, width), triton.cdiv(max(out1, out3), tile.channels)
     with launch.on(x):
@@ -121,6 +126,6 @@ def fire(
             height, width, channels // align_in, squeezed // align_between, out1 // align1, out3 // align3, tiles, o_blocks,
             ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, ALIGN_1X1=align1, ALIGN_3X3=align3, PRECISION=launch.precision(x.dtype),
             WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, STEPS=launch.steps(channels, tile.depth_in), **tile.constants,
-            DEPTH_IN=tile.depth_in, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            DEPTH_IN=tile.depth_in, **launch.options(tile),
         )  # fmt: skip
     return result if result is y else result.copy_(y)

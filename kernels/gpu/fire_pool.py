@@ -78,6 +78,20 @@ def fire_pool_kernel(
     tl.store(y_tile + O1, best3.to(dtype), mask=(oh < OH)[:, None] & mask3[None, :])
 
 
+def problem(
+    x: torch.Tensor,
+    weight1x1: torch.Tensor,
+    weight3x3: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    size: tuple[int, int],
+) -> Problem:
+    """x: the squeezed image."""
+    out = max(weight1x1.shape[0], weight3x3.shape[0])
+    geometry = (3, tuple(stride), tuple(padding), 0, tuple(x.shape[2:]))
+    return Problem("fire_pool", launch.kind(x.dtype), *size, x.shape[1], out, *geometry)
+
+
 def fire_pool(
     x: torch.Tensor,
     weight1x1: torch.Tensor,
@@ -100,8 +114,7 @@ def fire_pool(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    problem = Problem("fire_pool", launch.kind(x.dtype), *size, channels, max(out1, out3), 3, stride, padding, 0, (height, width))
-    tile = tile or config(problem, launch.arch(x.device))
+    tile = tile or config(problem(x, weight1x1, weight3x3, stride, padding, size), launch.arch(x.device))
     align_in, align1, align3 = map(launch.alignment, (channels, out1, out3))
     tiles, o_blocks = tile.tiles(*size), triton.cdiv(max(out1, out3), tile.channels)
     with launch.on(x):
@@ -110,6 +123,6 @@ def fire_pool(
             height, width, *size, channels // align_in, out1 // align1, out3 // align3, *padding, tiles, o_blocks,
             STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_1X1=align1, ALIGN_3X3=align3,
             PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, **tile.constants,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **launch.options(tile),
         )  # fmt: skip
     return result if result is y else result.copy_(y)

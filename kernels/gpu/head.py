@@ -51,6 +51,11 @@ def head_kernel(
     tl.store(y_ptr + n * O + o, (total / image).to(y_ptr.dtype.element_ty), mask=o_mask)
 
 
+def problem(x: torch.Tensor, weight: torch.Tensor) -> Problem:
+    channels, height, width = x.shape[1:]
+    return Problem("head", launch.kind(x.dtype), height, width, channels, weight.shape[0])
+
+
 def head(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None, tile=None) -> torch.Tensor:
     """global_avg_pool(pointwise(x)): x (N, C, H, W), weight (O, C, 1, 1), bias (O,) → (N, O, 1, 1); float32, float16 or bfloat16.
 
@@ -62,7 +67,7 @@ def head(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     if y.numel() == 0:
         return y
     x = launch.nhwc(x)
-    tile = tile or config(Problem("head", launch.kind(x.dtype), height, width, channels, out_channels), launch.arch(x.device))
+    tile = tile or config(problem(x, weight), launch.arch(x.device))
     align_in, align_out = launch.alignment(channels), launch.alignment(out_channels)
     o_blocks = triton.cdiv(out_channels, tile.channels)
     with launch.on(x):
@@ -71,6 +76,6 @@ def head(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
             height * width, channels // align_in, out_channels // align_out, o_blocks,
             ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=launch.precision(x.dtype), WIDE=x.numel() // n > launch.INT32_MAX,
             ACTIVATION=activation, PIXELS=tile.lanes, CHANNELS=tile.channels, DEPTH=tile.depth,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **launch.options(tile),
         )  # fmt: skip
     return y

@@ -135,6 +135,22 @@ def expand_depthwise_kernel(
     tl.store(sums_ptr + pid.to(tl.int64) * E + e, tl.sum(total, 0), mask=e < E)
 
 
+def problem(
+    op: str,
+    x: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    out_channels: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Problem:
+    """op: "inverted_residual", or "expand_depthwise", whose output has the expanded channels."""
+    channels, *size = x.shape[1:]
+    kernel = depthwise_weight.shape[2]
+    out = launch.window(size, kernel, stride, padding)
+    geometry = (kernel, tuple(stride), tuple(padding), depthwise_weight.shape[0], tuple(size))
+    return Problem(op, launch.kind(x.dtype), *out, channels, out_channels, *geometry)
+
+
 def inverted_residual(
     x: torch.Tensor,
     expand_weight: torch.Tensor,
@@ -163,10 +179,7 @@ def inverted_residual(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    problem = Problem(
-        "inverted_residual", launch.kind(x.dtype), out_h, out_w, channels, out_channels, kernel, stride, padding, expanded, (height, width)
-    )
-    tile = tile or config(problem, launch.arch(x.device))
+    tile = tile or config(problem("inverted_residual", x, depthwise_weight, out_channels, stride, padding), launch.arch(x.device))
     align_in, align_between, align_out = map(launch.alignment, (channels, expanded, out_channels))
     tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
     with launch.on(x):
@@ -180,7 +193,7 @@ def inverted_residual(
             PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX,
             EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation, ACTIVATION=activation,
             STEPS=launch.steps(channels, tile.depth_in), **tile.constants, DEPTH_IN=tile.depth_in,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **launch.options(tile),
         )  # fmt: skip
     return result if result is y else result.copy_(y)
 
@@ -203,10 +216,7 @@ def expand_depthwise(
     out_h, out_w = launch.window((height, width), kernel, stride, padding)
     x = launch.nhwc(x)
     _, y = launch.outputs(x, (n, expanded, out_h, out_w))
-    problem = Problem(
-        "expand_depthwise", launch.kind(x.dtype), out_h, out_w, channels, expanded, kernel, stride, padding, expanded, (height, width)
-    )
-    tile = tile or config(problem, launch.arch(x.device))
+    tile = tile or config(problem("expand_depthwise", x, depthwise_weight, expanded, stride, padding), launch.arch(x.device))
     tiles, e_blocks = tile.tiles(out_h, out_w), triton.cdiv(expanded, tile.depth)
     sums = torch.empty((n, tiles, 1, expanded), dtype=torch.float32, device=x.device).permute(0, 3, 1, 2)
     if y.numel() == 0:
@@ -222,6 +232,6 @@ def expand_depthwise(
             EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation,
             STEPS=launch.steps(channels, tile.depth_in),
             RUN=tile.run, LANES=tile.lanes, DEPTH=tile.depth, DEPTH_IN=tile.depth_in,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **launch.options(tile),
         )  # fmt: skip
     return y, sums

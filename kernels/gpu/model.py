@@ -30,9 +30,10 @@ class Machine:
     scalar: int
 
 
-# Datasheets (H200, A100 40 GB); L2 rates from published microbenchmarks.
+# Datasheets (H200, MI300X, A100 40 GB); L2 rates from published microbenchmarks.
 MACHINES = {
     "sm_90": Machine(132, 1.75e9, 4.8e12, 5.5e12, 128, 2048, 128),
+    "gfx942": Machine(304, 2.1e9, 5.3e12, 8.0e12, 64, 1024, 128),
     "sm_80": Machine(108, 1.41e9, 1.55e12, 4.0e12, 128, 1024, 64),
 }
 # What share of those rates kernels of this kind are assumed to reach, until one is measured.
@@ -183,9 +184,11 @@ def seconds(work: Work, arch: str, dtype: str, warps: int = 64) -> float:
 def candidates(problem: Problem, arch: str) -> tuple[BlockTile, ...]:
     """The tiles that ship for the problem."""
     tiles = configs.TABLES[problem.op][arch][configs.kind(problem)]
-    holding = [tile for tile in tiles if tile.depth_in >= problem.in_channels]
-    # a kernel that loops over its input channels loads weights in the loop: only where no tile holds them
-    return tuple(holding) if holding and problem.op in ("inverted_residual", "expand_depthwise") else tiles
+    if problem.op not in ("inverted_residual", "expand_depthwise"):
+        return tiles
+    # a kernel that loops over its input channels loads weights in the loop: only where no tile holds them, and then the deepest
+    deep = min(problem.in_channels, max(tile.depth_in for tile in tiles))
+    return tuple(tile for tile in tiles if tile.depth_in >= deep)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -68,6 +68,16 @@ def separable_kernel(
         tl.store(y_ptr + offset, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def problem(
+    x: torch.Tensor, depthwise_weight: torch.Tensor, pointwise_weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int]
+) -> Problem:
+    channels, *size = x.shape[1:]
+    kernel = depthwise_weight.shape[2]
+    out = launch.window(size, kernel, stride, padding)
+    geometry = (kernel, tuple(stride), tuple(padding), 0, tuple(size))
+    return Problem("separable", launch.kind(x.dtype), *out, channels, pointwise_weight.shape[0], *geometry)
+
+
 def separable(
     x: torch.Tensor,
     depthwise_weight: torch.Tensor,
@@ -95,8 +105,7 @@ def separable(
     x = launch.nhwc(x)
     taps = launch.kernel_order(depthwise_weight).flatten(1).t()
     precision = launch.precision(x.dtype)
-    problem = Problem("separable", launch.kind(x.dtype), out_h, out_w, channels, out_channels, kernel, stride, padding, 0, (height, width))
-    tile = tile or config(problem, launch.arch(x.device))
+    tile = tile or config(problem(x, depthwise_weight, pointwise_weight, stride, padding), launch.arch(x.device))
     align_in, align_out = launch.alignment(channels), launch.alignment(out_channels)
     tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
     with launch.on(x):
@@ -106,6 +115,6 @@ def separable(
             height, width, out_h, out_w, channels // align_in, out_channels // align_out, *padding, tiles, o_blocks,
             K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision,
             WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, DEPTHWISE_ACTIVATION=depthwise_activation, ACTIVATION=activation,
-            **tile.constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.constants, **launch.options(tile),
         )  # fmt: skip
     return result if result is y else result.copy_(y)

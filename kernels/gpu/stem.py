@@ -82,6 +82,6 @@ def stem(
             height, width, out_h, out_w, *strides, out_channels // align, *padding, tiles, o_blocks,
             C=channels, KH=kernel_h, KW=kernel_w, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_OUT=align,
             PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, ACTIVATION=activation,
-            **tile.constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.constants, **launch.options(tile),
         )  # fmt: skip
     return result if result is y else result.copy_(y)

@@ -3,6 +3,7 @@
 TRITON_INTERPRET has to be set before triton is imported, so the checks run in a child pytest on this same file.
 """
 
+import copy
 import importlib.metadata
 import os
 import subprocess
@@ -12,6 +13,8 @@ import blocks
 import cases
 import pytest
 import torch
+
+import fastconv
 
 pytest.importorskip("triton")
 
@@ -27,7 +30,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def test_forced_backend_reaches_the_kernels(monkeypatch):
         """FASTCONV_BACKEND=triton: the public operator runs the Triton kernel on CPU tensors."""
-        import fastconv
         from fastconv.kernels.gpu import pointwise
 
         launched = []
@@ -37,6 +39,72 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         y = fastconv.ops.pointwise(x, weight, activation="relu")
         torch.testing.assert_close(y, fastconv.reference.pointwise(x, weight, activation="relu"))
         assert launched
+
+    class Net(torch.nn.Module):
+        """One of each block, as the networks have them."""
+
+        def __init__(self):
+            super().__init__()
+            nn, layers = torch.nn, fastconv.nn
+            self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+            self.separable = layers.DepthwiseSeparable(16, 24)
+            self.block = layers.InvertedResidual(24, 24, 1, 2)
+            self.expand = nn.Sequential(nn.Conv2d(24, 40, 1), nn.ReLU(), nn.Conv2d(40, 40, 5, 1, 2, groups=40), nn.ReLU())
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(40, 8, 1), nn.ReLU(), nn.Conv2d(8, 40, 1), nn.Hardsigmoid())
+            self.project = nn.Conv2d(40, 24, 1)
+            self.fire = layers.Fire(24, 8, 16, 24)
+            self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+            self.last = nn.Sequential(nn.Conv2d(40, 48, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
+
+        def forward(self, x):
+            x = self.block(self.separable(self.stem(x)))
+            y = self.expand(x)
+            x = x + self.project(y * self.gate(y))
+            return self.last(self.pool(self.fire(x)))
+
+    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "parts"])
+    def test_an_optimized_network(fused, monkeypatch):
+        """Every block of a plan through its Triton kernel, as one and in parts; explain names them; changed weights are noticed."""
+        from fastconv.kernels.gpu import blocks, model
+
+        monkeypatch.setattr(blocks, "choice", lambda problem, arch: model.best(problem, arch) if fused else None)
+        torch.manual_seed(0)
+        net = Net().eval()
+        fast = fastconv.optimize(net)
+        kernels = {row.name: row.kernel for row in fastconv.explain(fast).rows}
+        assert kernels["stem.0"] == "stem triton"
+        assert kernels["separable"] == "separable triton"
+        assert kernels["block"] == kernels["expand.0"] == kernels["gate.1"] == kernels["project"] == "inverted_residual triton"
+        assert kernels["fire"] == kernels["pool"] == "fire_pool triton"
+        assert kernels["last.0"] == kernels["last.2"] == "head triton"
+        x = torch.randn(2, 3, 17, 19)
+        for _ in range(2):
+            wanted = copy.deepcopy(net).double()(x.double()).detach()  # with gradients wanted, our layers are plain torch
+            with torch.no_grad():
+                assert ((fast(x) - wanted).norm() / wanted.norm()).item() < 2e-6
+                # the pool itself has no weights: the joined kernel has to take the fire's new ones
+                for module in (net, fast):
+                    torch.manual_seed(1)
+                    for name, parameter in module.named_parameters():
+                        if "fire" in name or "last" in name:
+                            parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+    def test_a_block_runs_as_it_is_chosen(monkeypatch):
+        """Fused or in parts: the same result, from the kernels that were named."""
+        from fastconv.kernels.gpu import blocks, model
+
+        x, shapes = torch.randn(1, 8, 7, 7), ((24, 8, 1, 1), (24, 1, 3, 3), (8, 24, 1, 1))
+        weights = [tensor for shape in shapes for tensor in (torch.randn(shape), torch.randn(shape[0]))]
+        ran = []
+        for name in ("pointwise", "depthwise"):
+            launcher = getattr(blocks, name)
+            monkeypatch.setattr(blocks, name, lambda *a, run=launcher, name=name: ran.append(name) or run(*a))
+        monkeypatch.setattr(blocks, "choice", model.best)
+        fused = fastconv.ops.inverted_residual(x, *weights, residual=True)
+        assert not ran
+        monkeypatch.setattr(blocks, "choice", lambda problem, arch: None)
+        torch.testing.assert_close(fastconv.ops.inverted_residual(x, *weights, residual=True), fused)
+        assert ran == ["pointwise", "depthwise", "pointwise"]
 
     def test_forced_backend_refuses_what_it_does_not_cover():
         x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3)
