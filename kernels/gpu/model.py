@@ -1,11 +1,10 @@
 """What each kernel moves and computes, by arithmetic: chooses tiles, and whether a block runs fused or in parts. Pure Python.
 
-    python -m fastconv.kernels.gpu.model [sm_90]     prints the bytes of every block of the six networks beside their floor
+`fastconv tune --model` prints it for every block of the six networks.
 
-`issued` counts the bytes of x that a kernel's load instructions ask for, exactly; tests/gpu/test_traffic.py counts them in Triton's
-interpreter. `floor` is what any program must move through device memory: each input read once, each output written once. `seconds` turns
-a kernel's work into time on a machine of which only datasheet figures are known: good to rank, no forecast. Measurements made by
-`fastconv tune` go before it.
+`issued` counts the bytes of x that a kernel's load instructions ask for, exactly; the tests count them in Triton's interpreter. `floor` is
+what any program must move through device memory: each input read once, each output written once. `seconds` turns a kernel's work into time
+on a machine of which only datasheet figures are known: good to rank, no forecast. Measurements made by `fastconv tune` go before it.
 """
 
 from __future__ import annotations
@@ -56,29 +55,17 @@ def _up(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
-def _valid(outputs: int, stride: int, padding: int, taps: range, extent: int) -> list[int]:
-    """For each output position, how many of its window's taps lie inside the image."""
-    return [sum(0 <= o * stride - padding + tap < extent for tap in taps) for o in range(outputs)]
-
-
-def _positions(problem: Problem, tile: BlockTile) -> tuple[list[int], list[int]]:
-    """(lanes of each strip, lanes of each column), the ones past the last strip included."""
-    lanes = tile.tiles(problem.height, problem.width) * tile.lanes
-    strips = _up(lanes, problem.width)
-    last = lanes - (strips - 1) * problem.width
-    return [problem.width] * (strips - 1) + [last], [strips - (column >= last) for column in range(problem.width)]
-
-
 def _window(problem: Problem, tile: BlockTile, taps_h: list[int], taps_w: list[int]) -> int:
     """Sum over a kernel's lanes of the pixels it loads: rows of its strip times columns of its window that lie inside the image.
 
     taps_h: offsets of the rows a strip loads from the first row of its first window; taps_w: the same for columns.
     """
     (height, width), (stride_h, stride_w), (pad_h, pad_w) = problem.size, problem.stride, problem.padding
-    strips, _ = _positions(problem, tile)
-    rows = [sum(0 <= strip * tile.run * stride_h - pad_h + tap < height for tap in taps_h) for strip in range(len(strips))]
+    # the lanes past the last strip too: they load what rows of the image they meet
+    whole, rest = divmod(tile.tiles(problem.height, problem.width) * tile.lanes, problem.width)
+    rows = [sum(0 <= strip * tile.run * stride_h - pad_h + tap < height for tap in taps_h) for strip in range(whole + 1)]
     columns = [sum(0 <= column * stride_w - pad_w + tap < width for tap in taps_w) for column in range(problem.width)]
-    return sum(rows[:-1]) * sum(columns) + rows[-1] * sum(columns[: strips[-1]])
+    return sum(rows[:-1]) * sum(columns) + rows[-1] * sum(columns[:rest])
 
 
 def _rows(problem: Problem, tile: BlockTile) -> int:
@@ -127,7 +114,7 @@ def work(problem: Problem, tile: BlockTile) -> Work:
         slots = _up(problem.height * problem.width, tile.lanes) * tile.lanes
     halo = tiles * tile.lanes * _rows(problem, tile) * k  # times an input pixel is taken
     width = blocks * tile.channels
-    deep = _up(c, tile.depth) * tile.depth
+    deep = _up(c * k * k if problem.op == "stem" else c, tile.depth) * tile.depth
     if problem.op == "separable":
         tensor, weights = slots * deep * width, c * tile.channels + k * k * c
         scalar = blocks * deep * (slots * (k * k + 3) + halo)

@@ -50,6 +50,14 @@ def stem_kernel(
     tl.store(y_ptr + offset, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=(oh < OH)[:, None] & o_mask[None, :])
 
 
+def problem(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Problem:
+    """The kernel's larger side stands for both."""
+    channels, *size = x.shape[1:]
+    out = [(extent + 2 * p - k) // s + 1 for extent, k, s, p in zip(size, weight.shape[2:], stride, padding)]
+    geometry = (max(weight.shape[2:]), tuple(stride), tuple(padding), 0, tuple(size))
+    return Problem("stem", launch.kind(x.dtype), *out, channels, weight.shape[0], *geometry)
+
+
 def stem(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -72,8 +80,7 @@ def stem(
         return result
     x = x if x.is_contiguous() else launch.nhwc(x)
     strides = (height * width, width, 1) if x.is_contiguous() else (1, width * channels, channels)
-    depth = channels * kernel_h * kernel_w
-    tile = tile or config(Problem("stem", launch.kind(x.dtype), out_h, out_w, depth, out_channels), launch.arch(x.device))
+    tile = tile or config(problem(x, weight, stride, padding), launch.arch(x.device))
     align = launch.alignment(out_channels)
     tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
     with launch.on(x):

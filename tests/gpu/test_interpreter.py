@@ -13,6 +13,7 @@ import blocks
 import cases
 import pytest
 import torch
+import traffic
 
 import fastconv
 
@@ -105,6 +106,60 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr(blocks, "choice", lambda problem, arch: None)
         torch.testing.assert_close(fastconv.ops.inverted_residual(x, *weights, residual=True), fused)
         assert ran == ["pointwise", "depthwise", "pointwise"]
+
+    def laid_out(*tensors):
+        """As the kernels read them, so that no launcher copies."""
+        from fastconv.kernels.gpu import launch
+
+        return [launch.kernel_order(tensor) if tensor.dim() == 4 else tensor for tensor in tensors]
+
+    # op: (x's shape, weights' shapes, the problem, the call's other arguments)
+    COUNTED = {
+        "separable": ((2, 24, 9, 11), [(24, 1, 3, 3), (40, 24, 1, 1)], ((2, 2), (1, 1), "relu")),
+        "inverted_residual": ((1, 24, 6, 9), [(40, 24, 1, 1), (40, 1, 5, 5), (24, 40, 1, 1)], (None, (1, 1), (2, 2))),
+        "fire": ((2, 24, 7, 9), [(16, 24, 1, 1), (40, 16, 1, 1), (40, 16, 3, 3)], ()),
+        "fire_pool": ((2, 16, 9, 11), [(40, 16, 1, 1), (40, 16, 3, 3)], ((2, 2), (1, 1), (5, 6))),
+        "stem": ((2, 3, 15, 17), [(40, 3, 3, 3)], ((2, 2), (1, 1), "relu")),
+        "head": ((2, 24, 7, 9), [(40, 24, 1, 1)], ("relu",)),
+    }
+
+    def problem_of(op, x, weights, rest):
+        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, separable, stem
+
+        four = [weight for weight in weights if weight.dim() == 4]
+        if op == "separable":
+            return separable.problem(x, *four, *rest[:2])
+        if op == "inverted_residual":
+            return inverted_residual.problem(op, x, four[1], four[2].shape[0], *rest[1:3])
+        if op == "fire":
+            return fire.problem(x, *four)
+        if op == "fire_pool":
+            return fire_pool.problem(x, *four, *rest)
+        return stem.problem(x, *four, *rest[:2]) if op == "stem" else head.problem(x, *four)
+
+    @pytest.mark.parametrize("op", COUNTED)
+    def test_traffic(op, monkeypatch):
+        """Loads and stores, counted: x as often as the model says, each output once, and nothing else but weights."""
+        from fastconv.kernels.gpu import configs, model
+
+        shape, shapes, rest = COUNTED[op]
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        weights = laid_out(*[tensor for size in shapes for tensor in (torch.randn(size), torch.randn(size[0]))])
+        problem = problem_of(op, x, weights, rest)
+        named = {f"weight{i}": weight for i, weight in enumerate(weights)}
+        tiles = configs.TABLES[op]["sm_90"]["half"]
+        for tile in {tiles[0], tiles[-1], configs.TABLES[op]["sm_80"]["f32"][-1]}:
+            with monkeypatch.context() as patch:
+                counts = traffic.count(patch, lambda tile=tile: cases.launcher(op)(x, *weights, *rest, tile=tile), x=x, **named)
+            assert counts["x"].loaded == shape[0] * model.issued(problem, tile)
+            assert counts["output"].stored == shape[0] * model.results(problem)
+            assert len(set(counts["output"].written)) == len(counts["output"].written)
+            assert not counts["output"].loaded
+            # every byte of x once from device memory, the rest from caches: with the output, the floor
+            assert len(counts["x"].read) == x.numel()
+            assert x.numel() * 4 + counts["output"].stored == shape[0] * model.floor(problem)
+            assert counts.keys() <= {"x", "output", *named}
+            assert not any(counts[name].stored for name in counts.keys() - {"output"})
 
     def test_forced_backend_refuses_what_it_does_not_cover():
         x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3)
