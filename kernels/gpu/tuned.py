@@ -54,7 +54,7 @@ def _table(arch: str, path: str | None) -> dict[str, list[int] | None]:
         choices = table["choices"]
         fields = len(astuple(BlockTile(1, 1, 1, 1, 1)))
         bad = [name for name, row in choices.items() if not (row is None or (len(row) == fields and all(type(n) is int for n in row)))]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"FASTCONV_TUNED: {file} is no table of tiles ({type(problem).__name__}: {problem})") from problem
     if bad:
         raise ValueError(f"FASTCONV_TUNED: {file}: {bad[0]!r} must be null or {fields} ints, got {choices[bad[0]]!r}")

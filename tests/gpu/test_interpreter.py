@@ -16,6 +16,7 @@ import torch
 import traffic
 
 import fastconv
+from fastconv.kernels.gpu import configs, tuned
 
 pytest.importorskip("triton")
 
@@ -160,6 +161,48 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             assert x.numel() * 4 + counts["output"].stored == shape[0] * model.floor(problem)
             assert counts.keys() <= {"x", "output", *named}
             assert not any(counts[name].stored for name in counts.keys() - {"output"})
+
+    TUNED = [
+        configs.Problem("separable", "f32", 5, 6, 8, 16, 3, (2, 2), (1, 1), 0, (9, 11)),
+        configs.Problem("inverted_residual", "f32", 6, 7, 8, 8, 3, (1, 1), (1, 1), 24),
+        configs.Problem("expand_depthwise", "f32", 3, 4, 8, 24, 5, (2, 2), (2, 2), 24, (6, 7)),
+        configs.Problem("fire", "f32", 5, 6, 8, 16, 3, (1, 1), (1, 1), 8),
+        configs.Problem("fire_pool", "f32", 3, 3, 8, 16, 3, (2, 2), (0, 0), 0, (7, 6)),
+        configs.Problem("head", "f32", 5, 6, 8, 16),
+    ]
+
+    def test_tune_measures_what_it_names(monkeypatch):
+        """The tuner on small problems, with a clock that runs each call once and checks its result."""
+        from rich.console import Console
+
+        from fastconv.benchmarks import blocks as networks
+        from fastconv.cli.tune import measure, worth_trying
+
+        small = [networks.Block("net", p.op, 1, p, "relu", p.op == "inverted_residual") for p in TUNED]
+        monkeypatch.setattr(networks, "blocks", lambda dtype: small)
+        cases = {}
+
+        class Case(networks.Case):
+            def __init__(self, block, *rest):
+                super().__init__(block, *rest)
+                cases[block.problem.op] = self
+
+        monkeypatch.setattr(networks, "Case", Case)
+        calls = []
+
+        def clock(run):
+            op = list(cases)[-1]
+            assert cases[op].error(run()) < 1e-6
+            calls.append(op)
+            return float(len(calls))  # the first is the fastest
+
+        table = measure("f32", 2, 60, Console(quiet=True), clock, device="cpu")
+        assert table["arch"] == "sm_80"
+        assert set(calls) == {p.op for p in TUNED}
+        for p in TUNED:
+            best = worth_trying(p, "sm_80")
+            assert calls.count(p.op) == len(best) + 1  # and in parts
+            assert table["choices"][tuned.key(p)] == tuned.row(best[0])
 
     def test_forced_backend_refuses_what_it_does_not_cover():
         x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3)
