@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 
 from fastconv.benchmarks import blocks
+from fastconv.benchmarks.tuner import worth_trying
 from fastconv.cli import main
-from fastconv.cli.tune import worth_trying
 from fastconv.kernels.gpu import configs, model, tuned
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

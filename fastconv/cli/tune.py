@@ -1,8 +1,6 @@
 """fastconv tune: measures which tile, and which form, each block is fastest with on this machine's GPU."""
 
 import json
-import statistics
-import time
 
 import click
 
@@ -43,65 +41,14 @@ def tune(out: str | None, dtype: str, batch: int, minutes: float, only_model: bo
         raise click.ClickException(missing)
     if not out:
         raise click.UsageError("--out FILE says where the table goes")
+    from fastconv.benchmarks import tuner
     from fastconv.cli.networks import check_folder
 
     check_folder(out, "--out")
-    table = measure(dtype, batch, 60 * minutes, console)
+    table = tuner.measure(dtype, batch, 60 * minutes, lambda line: console.print(line, highlight=False))
     with click.open_file(out, "w") as file:
         file.write(json.dumps(table, indent=1) + "\n")
     console.print(f"{len(table['choices'])} choices for {table['device']} in {out}; FASTCONV_TUNED={out} makes fastconv use them")
-
-
-def worth_trying(problem, arch: str) -> list:
-    """The shipped tiles that the model holds at most three times as slow as its best, best first."""
-    from fastconv.kernels.gpu import model
-
-    times = {tile: model.fused_seconds(problem, tile, arch) for tile in model.candidates(problem, arch)}
-    return [tile for tile in sorted(times, key=times.get) if times[tile] <= 3 * min(times.values())]
-
-
-def measure(dtype: str, batch: int, seconds: float, console, clock=None, device: str = "cuda") -> dict:
-    """The table of what was fastest; blocks that `seconds` leave no time for are missing. clock: times a call, in microseconds."""
-    import torch
-
-    from fastconv.benchmarks import blocks
-    from fastconv.kernels.gpu import launch, tuned
-
-    arch = launch.arch(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    clock = clock or cuda_clock
-    began = time.monotonic()
-    table = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "arch": arch, "dtype": dtype, "batch": batch}
-    table |= {"torch": torch.__version__, "choices": {}, "microseconds": {}}
-    with torch.no_grad():
-        for block in blocks.blocks(dtype):
-            if block.problem.op == "stem" or tuned.key(block.problem) in table["choices"]:
-                continue
-            if time.monotonic() - began > seconds:
-                break
-            case = blocks.Case(block, batch, device)
-            times = {tile: clock(lambda case=case, tile=tile: case.fused(tile)) for tile in worth_trying(block.problem, arch)}
-            times[None] = clock(case.parts)
-            best = min(times, key=times.get)
-            name = tuned.key(block.problem)
-            table["choices"][name] = tuned.row(best)
-            table["microseconds"][name] = {"fused": min(us for tile, us in times.items() if tile), "parts": times[None]}
-            console.print(f"{name:70s} {times[best]:9.1f} us  {'in parts' if best is None else best}", highlight=False)
-    return table
-
-
-def cuda_clock(run, repeats: int = 20) -> float:
-    """The median of CUDA-event times in microseconds, after three calls to warm up."""
-    import torch
-
-    for _ in range(3):
-        run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def show(rows: list[dict], arch: str, console) -> None:
