@@ -1,8 +1,10 @@
 """Times each block with each tile worth trying, fused and in parts: what `fastconv tune` writes down."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
     began = time.monotonic()
     table = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "arch": arch, "dtype": dtype, "batch": batch}
     table |= {"torch": torch.__version__, "choices": {}, "microseconds": {}}
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     with torch.no_grad():
         for block in blocks.blocks(dtype):
             if block.problem.op == "stem" or tuned.key(block.problem) in table["choices"]:
@@ -40,6 +43,17 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
             table["choices"][name] = tuned.row(best)
             table["microseconds"][name] = {"fused": min(us for tile, us in times.items() if tile), "parts": times[None]}
             say(f"{name:70s} {times[best]:9.1f} us  {'in parts' if best is None else best}")
+    return table
+
+
+def merged(file: Path, table: dict) -> dict:
+    """`table` with what `file` has of the same architecture and not measured anew: another dtype, a block that time was short for."""
+    try:
+        old = json.loads(file.read_text())
+        if old["arch"] == table["arch"]:
+            return table | {name: old[name] | table[name] for name in ("choices", "microseconds")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no table yet
     return table
 
 

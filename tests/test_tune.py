@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastconv.benchmarks import blocks
+from fastconv.benchmarks import blocks, tuner
 from fastconv.benchmarks.tuner import worth_trying
 from fastconv.cli import main
 from fastconv.kernels.gpu import configs, model, tuned
@@ -106,6 +106,29 @@ def test_a_measured_choice_goes_before_the_models(tmp_path, monkeypatch, fresh):
         assert configs.choice(problem, "sm_90") == wanted
         assert configs.choice(problem, "sm_80") != tile  # another architecture's table
     assert configs.config(problem, "sm_90") == model.best(problem, "sm_90")  # a tile even where parts are faster
+
+
+def test_what_it_writes_is_what_fastconv_reads(tmp_path, monkeypatch, fresh):
+    """The command with the measuring replaced: a second run adds to the table, and the choices are then in force."""
+    problems = [configs.Problem("separable", dtype, 14, 14, 32, 64, 3, (1, 1), (1, 1)) for dtype in ("bf16", "f16")]
+    tile = configs.TABLES["separable"]["sm_90"]["half"][-1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    file = tmp_path / "table.json"
+    for problem, choice in zip(problems, (tile, None)):
+
+        def measure(dtype, batch, seconds, say, problem=problem, choice=choice):
+            assert (dtype, batch, seconds) == (problem.dtype, 64, 120)
+            name = tuned.key(problem)
+            rest = {"device": "a test", "arch": "sm_90", "dtype": dtype, "microseconds": {name: {"fused": 1.0, "parts": 2.0}}}
+            return rest | {"choices": {name: tuned.row(choice)}}
+
+        monkeypatch.setattr(tuner, "measure", measure)
+        result = run("--out", str(file), "--dtype", problem.dtype, "--batch", "64", "--minutes", "2")
+        assert result.exit_code == 0, result.output
+        assert f"FASTCONV_TUNED={file}" in result.output.replace("\n", "")
+    monkeypatch.setenv("FASTCONV_TUNED", str(file))
+    configs.choice.cache_clear()
+    assert [configs.choice(problem, "sm_90") for problem in problems] == [tile, None]
 
 
 @pytest.mark.parametrize("text", ["no JSON", "{}", '{"arch": "sm_90", "choices": {"a": [1, 2]}}', '{"arch": "sm_90", "choices": 3}'])

@@ -1,13 +1,16 @@
 """fastconv tune: measures which tile, and which form, each block is fastest with on this machine's GPU."""
 
 import json
+from pathlib import Path
 
 import click
 
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(dir_okay=False, writable=True), help="Table to write; FASTCONV_TUNED=FILE then makes fastconv use it."
+    "--out",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Table to write or add to; FASTCONV_TUNED=FILE then makes fastconv use it.",
 )
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32", "tf32"]), default="bf16", show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per call.")
@@ -46,6 +49,7 @@ def tune(out: str | None, dtype: str, batch: int, minutes: float, only_model: bo
 
     check_folder(out, "--out")
     table = tuner.measure(dtype, batch, 60 * minutes, lambda line: console.print(line, highlight=False))
+    table = tuner.merged(Path(out), table)
     with click.open_file(out, "w") as file:
         file.write(json.dumps(table, indent=1) + "\n")
     console.print(f"{len(table['choices'])} choices for {table['device']} in {out}; FASTCONV_TUNED={out} makes fastconv use them")

@@ -57,6 +57,28 @@ class PreparedResidual(Prepared):
         return restore, (*args, self.after)
 
 
+class PreparedBlock(PreparedResidual):
+    """A block on a GPU, which runs as one kernel or several by the size of its image; `kernel` tells how it last did.
+
+    after: None for a block without a residual.
+    """
+
+    __slots__ = ("form",)
+
+    def __init__(self, op: Callable[..., Tensor], args: tuple, label: str, after: tuple | None = None) -> None:
+        super().__init__(op, args, label, after)
+        self.form: str | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.op(x, *self.args) if self.after is None else super().__call__(x, residual)
+        self.form = _cuda.run("last_form", file="blocks")
+        return y
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.label} {self.form}" if self.form else self.label
+
+
 def _restore(kind: type[Prepared], op: str | Callable[..., Tensor], *args) -> Prepared:
     return kind(overload(op) if isinstance(op, str) else op, *args)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from fastconv.ops import _cuda
-from fastconv.ops._prepared import Prepared, PreparedResidual
+from fastconv.ops._prepared import Prepared, PreparedBlock
 from fastconv.optimize.layers import Kernel
 
 PAIRS = {("fire", "max_pool"): "fire_pool", ("pointwise", "global_avg_pool"): "head"}
@@ -24,9 +24,9 @@ def join(graph: fx.Graph, calls: list[object]) -> list[object]:
         name = PAIRS.get((before.target.op, node.target.op))
         first, second = calls[place[before]] if before in place else None, calls[place[node]]
         if name and len(before.args) == 1 and isinstance(first, Prepared) and first.label.endswith("triton"):
-            args = first.args + (first.after if isinstance(first, PreparedResidual) else ()) + second.args
+            args = first.args + (getattr(first, "after", None) or ()) + second.args
             label = f"{name} triton"
-            calls[place[before]], calls[place[node]] = Prepared(_same, (), label), Prepared(_JOINED[name], args, label)
+            calls[place[before]], calls[place[node]] = Prepared(_same, (), label), PreparedBlock(_JOINED[name], args, label)
     return calls
 
 

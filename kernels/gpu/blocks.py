@@ -1,5 +1,7 @@
 """Whole blocks, each as one kernel or as one kernel per layer: whichever `configs.choice` holds faster. Host code, no kernels."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
@@ -16,10 +18,19 @@ from .global_avg_pool import global_avg_pool
 from .pointwise import pointwise
 from .squeeze_excite import squeeze_excite
 
+_last = threading.local()
+
 
 def chosen(problem: Problem, x: torch.Tensor) -> BlockTile | None:
     """The tile of the one kernel, or None for one kernel per layer."""
-    return choice(problem, launch.arch(x.device))
+    tile = choice(problem, launch.arch(x.device))
+    _last.form = "in parts" if tile is None else "x".join(map(str, tile.constants.values()))
+    return tile
+
+
+def last_form() -> str:
+    """How this thread's last block ran: its tile, or "in parts"."""
+    return _last.form
 
 
 def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -106,6 +106,7 @@ def floor(problem: Problem) -> int:
 
 
 def work(problem: Problem, tile: BlockTile) -> Work:
+    """Of the block as one kernel, idle lanes and channels up to a whole tile included: they take their time too."""
     c, o, e, k = problem.in_channels, problem.out_channels, problem.between, problem.kernel
     blocks = _up(o, tile.channels)
     tiles = 1 if problem.op == "head" else tile.tiles(problem.height, problem.width)

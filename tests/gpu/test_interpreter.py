@@ -6,6 +6,7 @@ TRITON_INTERPRET has to be set before triton is imported, so the checks run in a
 import copy
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
@@ -80,10 +81,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         assert kernels["fire"] == kernels["pool"] == "fire_pool triton"
         assert kernels["last.0"] == kernels["last.2"] == "head triton"
         x = torch.randn(2, 3, 17, 19)
+        assert copy.deepcopy(fast.plan.prepare().steps[1][0]).kernel == "separable triton"  # it is pickled as others are
         for _ in range(2):
             wanted = copy.deepcopy(net).double()(x.double()).detach()  # with gradients wanted, our layers are plain torch
             with torch.no_grad():
                 assert ((fast(x) - wanted).norm() / wanted.norm()).item() < 2e-6
+                kernels = {row.name: row.kernel for row in fastconv.explain(fast).rows}
+                for name, op in (("separable", "separable"), ("block", "inverted_residual"), ("pool", "fire_pool"), ("last.2", "head")):
+                    assert re.fullmatch(rf"{op} triton " + (r"\d+x\d+x\d+x\d+" if fused else "in parts"), kernels[name])
                 # the pool itself has no weights: the joined kernel has to take the fire's new ones
                 for module in (net, fast):
                     torch.manual_seed(1)
