@@ -1,9 +1,10 @@
 """Times each block with each tile worth trying, fused and in parts: what `fastconv tune` writes down."""
 
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
     began = time.monotonic()
     table = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "arch": arch, "dtype": dtype, "batch": batch}
     table |= {"torch": torch.__version__, "choices": {}, "microseconds": {}}
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    with torch.no_grad():
+    with torch.no_grad(), _precision("tf32" if dtype == "tf32" else "ieee"):
         for block in blocks.blocks(dtype):
             if block.problem.op == "stem" or tuned.key(block.problem) in table["choices"]:
                 continue
@@ -44,6 +44,17 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
             table["microseconds"][name] = {"fused": min(us for tile, us in times.items() if tile), "parts": times[None]}
             say(f"{name:70s} {times[best]:9.1f} us  {'in parts' if best is None else best}")
     return table
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """torch's switch for fp32 products, which the kernels follow."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = name
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def merged(file: Path, table: dict) -> dict:

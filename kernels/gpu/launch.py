@@ -63,9 +63,9 @@ def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(x: torch.Tensor, shape: tuple[int, ...], always_nhwc: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = always_nhwc or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
     layout = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     is_nhwc = result.is_contiguous(memory_format=torch.channels_last)

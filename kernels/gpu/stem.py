@@ -66,16 +66,18 @@ def stem(
     padding: tuple[int, int] = (1, 1),
     activation: str | None = None,
     tile=None,
+    always_nhwc: bool = False,
 ) -> torch.Tensor:
     """x (N, C, H, W), C up to 4, read as it lies (NCHW or channels_last); weight (O, C, KH, KW), bias (O,) → (N, O, OH, OW).
 
-    One dtype: float32, float16 or bfloat16. tile: None for the one that `config` chooses. Arguments are not checked.
+    One dtype: float32, float16 or bfloat16. tile: None for the one that `config` chooses. always_nhwc: the output is channels_last
+    also where x is not, so that a network of the kernels reads its image as it comes and copies nothing. Arguments are not checked.
     """
     n, channels, height, width = x.shape
     out_channels, kernel_h, kernel_w = weight.shape[0], *weight.shape[2:]
     out_h = (height + 2 * padding[0] - kernel_h) // stride[0] + 1
     out_w = (width + 2 * padding[1] - kernel_w) // stride[1] + 1
-    result, y = launch.outputs(x, (n, out_channels, out_h, out_w))
+    result, y = launch.outputs(x, (n, out_channels, out_h, out_w), always_nhwc)
     if y.numel() == 0:
         return result
     x = x if x.is_contiguous() else launch.nhwc(x)

@@ -82,6 +82,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         assert kernels["fire"] == kernels["pool"] == "fire_pool triton"
         assert kernels["last.0"] == kernels["last.2"] == "head triton"
         x = torch.randn(2, 3, 17, 19)
+        stem = fast.plan.prepare().steps[0][0](x)
+        assert stem.is_contiguous(memory_format=torch.channels_last)  # from here on nothing is copied
+        assert not stem.is_contiguous()
         assert copy.deepcopy(fast.plan.prepare().steps[1][0]).kernel == "separable triton"  # it is pickled as others are
         for _ in range(2):
             wanted = copy.deepcopy(net).double()(x.double()).detach()  # with gradients wanted, our layers are plain torch

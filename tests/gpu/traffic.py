@@ -28,8 +28,8 @@ def count(monkeypatch, run, **inputs: torch.Tensor) -> dict[str, Counts]:
     tensors = dict(inputs)
     allocate, empty = launch.outputs, torch.empty
 
-    def outputs(x, shape):
-        result, filled = allocate(x, shape)
+    def outputs(*arguments):
+        result, filled = allocate(*arguments)
         tensors[f"output{len(tensors) - len(inputs) or ''}"] = filled
         return result, filled
 
