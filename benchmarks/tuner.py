@@ -1,4 +1,4 @@
-"""Times each block with each tile worth trying, fused and in parts: what `fastconv tune` writes down."""
+"""Times each block with each tile worth trying, in parts and through cuDNN: what `fastconv tune` writes down."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import torch
 
 from fastconv.benchmarks import blocks
 from fastconv.kernels.gpu import model, tuned
-from fastconv.kernels.gpu.configs import BlockTile, Problem
+from fastconv.kernels.gpu.configs import ATEN, BlockTile, Problem
 
 
 def worth_trying(problem: Problem, arch: str) -> list[BlockTile]:
@@ -29,6 +29,7 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
     began = time.monotonic()
     table = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "arch": arch, "dtype": dtype, "batch": batch}
     table |= {"torch": torch.__version__, "choices": {}, "microseconds": {}}
+    torch.backends.cudnn.benchmark = device == "cuda"
     with torch.no_grad(), _precision("tf32" if dtype == "tf32" else "ieee"):
         for block in blocks.blocks(dtype):
             if block.problem.op == "stem" or tuned.key(block.problem) in table["choices"]:
@@ -38,10 +39,16 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
             case = blocks.Case(block, batch, device)
             times = {tile: clock(lambda case=case, tile=tile: case.fused(tile)) for tile in worth_trying(block.problem, arch)}
             times[None] = clock(case.parts)
+            if block.problem.op != "expand_depthwise":  # whose sums only our kernels keep
+                times[ATEN] = clock(case.plain)
             best = min(times, key=times.get)
             name = tuned.key(block.problem)
             table["choices"][name] = tuned.row(best)
-            table["microseconds"][name] = {"fused": min(us for tile, us in times.items() if tile), "parts": times[None]}
+            table["microseconds"][name] = {
+                "fused": min(us for form, us in times.items() if isinstance(form, BlockTile)),
+                "parts": times[None],
+                "cuDNN": times.get(ATEN),
+            }
             say(f"{name:70s} {times[best]:9.1f} us  {'in parts' if best is None else best}")
     return table
 

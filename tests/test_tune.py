@@ -98,8 +98,8 @@ def test_a_measured_choice_goes_before_the_models(tmp_path, monkeypatch, fresh):
     problem = configs.Problem("separable", "bf16", 14, 14, 32, 64, 3, (1, 1), (1, 1))
     tile = configs.TABLES["separable"]["sm_90"]["half"][3]
     assert model.best(problem, "sm_90") != tile
-    for row, wanted in ((tuned.row(tile), tile), (None, None)):
-        file = tmp_path / f"{wanted is None}.json"
+    for row, wanted in ((tuned.row(tile), tile), (None, None), ("aten", configs.ATEN)):
+        file = tmp_path / f"{type(wanted).__name__}.json"
         file.write_text(json.dumps({"device": "a test", "arch": "sm_90", "choices": {tuned.key(problem): row}}))
         monkeypatch.setenv("FASTCONV_TUNED", str(file))
         configs.choice.cache_clear()

@@ -1,4 +1,4 @@
-"""fastconv tune: measures which tile, and which form, each block is fastest with on this machine's GPU."""
+"""fastconv tune: measures in which form, and with which tile, each block is fastest on this machine's GPU."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ import click
     "--arch", type=click.Choice(["sm_80", "sm_90", "gfx942"]), default=None, help="With --model: the architecture.  [default: sm_90]"
 )
 def tune(out: str | None, dtype: str, batch: int, minutes: float, only_model: bool, arch: str | None) -> None:
-    """Time every block of the six networks with each tile worth trying, fused and in parts, and write down the fastest.
+    """Time every block of the six networks with each tile worth trying, in parts and through cuDNN, and write down the fastest.
 
     The model of traffic, arithmetic and registers leaves out tiles that it holds more than three times as slow as its best.
     """

@@ -1,17 +1,18 @@
-"""Whole blocks, each as one kernel or as one kernel per layer: whichever `configs.choice` holds faster. Host code, no kernels."""
+"""Whole blocks, each as one kernel, as one kernel per layer, or through cuDNN: whichever `configs.choice` holds fastest. No kernels."""
 
 import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from . import aten, launch
 from . import fire as fires
 from . import fire_pool as fire_pools
 from . import head as heads
 from . import inverted_residual as inverted_residuals
-from . import launch
 from . import separable as separables
-from .configs import BlockTile, Problem, choice
+from .configs import ATEN, BlockTile, Problem, choice
 from .depthwise import depthwise
 from .fire_expand import fire_expand
 from .global_avg_pool import global_avg_pool
@@ -21,15 +22,17 @@ from .squeeze_excite import squeeze_excite
 _last = threading.local()
 
 
-def chosen(problem: Problem, x: torch.Tensor) -> BlockTile | None:
-    """The tile of the one kernel, or None for one kernel per layer."""
-    tile = choice(problem, launch.arch(x.device))
-    _last.form = "in parts" if tile is None else "x".join(map(str, tile.constants.values()))
-    return tile
+def chosen(problem: Problem, x: torch.Tensor) -> tuple[BlockTile | None, tuple[Callable, Callable, Callable]]:
+    """(the tile of the one kernel or None, depthwise, pointwise and fire_expand for a block in parts)."""
+    form = choice(problem, launch.arch(x.device))
+    _last.form = "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
+    if form == ATEN:
+        return None, (aten.depthwise, aten.pointwise, aten.fire_expand)
+    return form, (depthwise, pointwise, fire_expand)
 
 
 def last_form() -> str:
-    """How this thread's last block ran: its tile, or "in parts"."""
+    """How this thread's last block ran: its tile, "in parts" or "through cuDNN"."""
     return _last.form
 
 
@@ -43,7 +46,7 @@ def separable(
     x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, depthwise_activation, activation, residual
 ) -> torch.Tensor:
     """The arguments of `fastconv.ops.separable`, not checked."""
-    tile = chosen(separables.problem(x, depthwise_weight, pointwise_weight, stride, padding), x)
+    tile, (depthwise, pointwise, _) = chosen(separables.problem(x, depthwise_weight, pointwise_weight, stride, padding), x)
     if tile:
         return separables.separable(
             x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
@@ -60,9 +63,8 @@ def inverted_residual(
     """A MobileNet block as a plan has it: expand_weight may be None; squeeze_excite_weights: [] or [w1, b1, w2, b2]; residual: a tensor."""
     halves = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias)
     if squeeze_excite_weights:
-        fused = expand_weight is not None and bool(
-            chosen(inverted_residuals.problem("expand_depthwise", x, depthwise_weight, depthwise_weight.shape[0], stride, padding), x)
-        )
+        half = inverted_residuals.problem("expand_depthwise", x, depthwise_weight, depthwise_weight.shape[0], stride, padding)
+        fused = expand_weight is not None and chosen(half, x)[0] is not None
         y = squeeze_excite(
             *halves, tuple(squeeze_excite_weights), project_weight, project_bias, residual, stride, padding,
             expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation, fused,
@@ -72,7 +74,8 @@ def inverted_residual(
         return separable(
             x, depthwise_weight, depthwise_bias, project_weight, project_bias, stride, padding, depthwise_activation, activation, residual
         )
-    tile = chosen(inverted_residuals.problem("inverted_residual", x, depthwise_weight, project_weight.shape[0], stride, padding), x)
+    whole = inverted_residuals.problem("inverted_residual", x, depthwise_weight, project_weight.shape[0], stride, padding)
+    tile, (depthwise, pointwise, _) = chosen(whole, x)
     if tile:
         return inverted_residuals.inverted_residual(
             *halves, project_weight, project_bias, residual, stride, padding, expand_activation, depthwise_activation, activation, tile
@@ -84,7 +87,7 @@ def inverted_residual(
 
 def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3) -> torch.Tensor:
     """The arguments of `fastconv.ops.fire`, not checked."""
-    tile = chosen(fires.problem(x, squeeze_weight, weight1x1, weight3x3), x)
+    tile, (_, pointwise, fire_expand) = chosen(fires.problem(x, squeeze_weight, weight1x1, weight3x3), x)
     if tile:
         return fires.fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, tile)
     squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
@@ -95,7 +98,7 @@ def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bi
     """max_pool(fire(x)): the arguments of `fastconv.ops.fire`, then those of `fastconv.ops.max_pool`; not checked."""
     size = [_pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
     squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
-    tile = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
+    tile, (_, _, fire_expand) = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
     if tile:
         y = fire_pools.fire_pool(squeezed, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, tuple(size), tile)
     else:
@@ -112,7 +115,7 @@ def _pooled(extent: int, stride: int, padding: int, ceil_mode: bool) -> int:
 
 def head(x, weight, bias, activation) -> torch.Tensor:
     """global_avg_pool(pointwise(x)), (N, O, 1, 1); not checked."""
-    tile = chosen(heads.problem(x, weight), x)
+    tile, (_, pointwise, _) = chosen(heads.problem(x, weight), x)
     if tile:
         return heads.head(x, weight, bias, activation, tile)
     return global_avg_pool(pointwise(launch.nhwc(x), weight, bias, None, activation))

@@ -162,6 +162,7 @@ SMALL_IMAGE = 14 * 14
 
 # The block kernels' tables hold what compiles without spills at its heaviest: K = 5, stride 2, silu, residual, any channel count.
 # 64 lanes is what sm_90's wgmma needs; deeper chunks, and more rows a lane, spill (docs/decisions/0011).
+ATEN = "aten"  # the form of a block through torch's own operators
 BLOCKS = ("separable", "inverted_residual", "expand_depthwise", "fire", "fire_pool", "stem", "head")
 
 
@@ -315,7 +316,8 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile | BlockTil
     if problem.op in BLOCKS:
         from . import model
 
-        return choice(problem, arch) or model.best(problem, arch)
+        form = choice(problem, arch)
+        return form if isinstance(form, BlockTile) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
     if problem.op == "depthwise":
@@ -328,13 +330,16 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile | BlockTil
 
 
 @functools.lru_cache(maxsize=4096)
-def choice(problem: Problem, arch: str) -> BlockTile | None:
-    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model."""
+def choice(problem: Problem, arch: str) -> BlockTile | str | None:
+    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model.
+
+    ATEN where cuDNN was measured to be fastest; the model knows nothing of it.
+    """
     from . import model, tuned
 
     measured = tuned.choice(problem, arch)
     if measured is not None:
-        return measured.tile
+        return measured.form
     return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
 
 

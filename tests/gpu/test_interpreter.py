@@ -66,12 +66,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             x = x + self.project(y * self.gate(y))
             return self.last(self.pool(self.fire(x)))
 
-    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "parts"])
-    def test_an_optimized_network(fused, monkeypatch):
-        """Every block of a plan through its Triton kernel, as one and in parts; explain names them; changed weights are noticed."""
+    @pytest.mark.parametrize("form", ["fused", "in parts", "through cuDNN"])
+    def test_an_optimized_network(form, monkeypatch):
+        """Every block of a plan through its kernel, in each form; explain names them; changed weights are noticed."""
         from fastconv.kernels.gpu import blocks, model
 
-        monkeypatch.setattr(blocks, "choice", lambda problem, arch: model.best(problem, arch) if fused else None)
+        monkeypatch.setattr(blocks, "choice", {"fused": model.best, "in parts": lambda *_: None}.get(form, lambda *_: configs.ATEN))
         torch.manual_seed(0)
         net = Net().eval()
         fast = fastconv.optimize(net)
@@ -92,7 +92,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 assert ((fast(x) - wanted).norm() / wanted.norm()).item() < 2e-6
                 kernels = {row.name: row.kernel for row in fastconv.explain(fast).rows}
                 for name, op in (("separable", "separable"), ("block", "inverted_residual"), ("pool", "fire_pool"), ("last.2", "head")):
-                    assert re.fullmatch(rf"{op} triton " + (r"\d+x\d+x\d+x\d+" if fused else "in parts"), kernels[name])
+                    assert re.fullmatch(rf"{op} triton " + (r"\d+x\d+x\d+x\d+" if form == "fused" else form), kernels[name])
                 # the pool itself has no weights: the joined kernel has to take the fire's new ones
                 for module in (net, fast):
                     torch.manual_seed(1)
@@ -208,7 +208,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         assert set(calls) == {p.op for p in TUNED}
         for p in TUNED:
             best = worth_trying(p, "sm_80")
-            assert calls.count(p.op) == len(best) + 1  # and in parts
+            assert calls.count(p.op) == len(best) + 1 + (p.op != "expand_depthwise")  # in parts, and through cuDNN
             assert table["choices"][tuned.key(p)] == tuned.row(best[0])
 
     def test_forced_backend_refuses_what_it_does_not_cover():
