@@ -98,6 +98,7 @@ build/gpu/.staged: $(EXTENSION)
 	@$(PYTHON) -c 'import torch, triton, pytest' || { echo "fastconv: $(PYTHON) needs torch, triton and pytest for make gpu" >&2; exit 1; }
 	@mkdir -p build/gpu/fastconv
 	@ln -sfn ../../../kernels build/gpu/fastconv/kernels
+	@ln -sfn ../../../benchmarks build/gpu/fastconv/benchmarks
 	@$(PYTHON) setup.py -q build_ext --build-lib build/gpu --build-temp build/gpu/temp \
 	    || echo "fastconv: the CPU extension was not built; GPU tests and benchmarks run without it"
 	@touch $@

@@ -1,5 +1,9 @@
 """Times the GPU kernels on the layers of the six networks, and the networks: `python benchmarks/gpu.py --out DIR [--minutes 8]`.
 
+Every block (stem, separable, inverted residual, fire, with max-pool, head) runs with each tile worth trying, in parts, in eager cuDNN
+and, while time is left, through torch.compile; each beside the time its fewest bytes take at the copy rate. What was aimed at stands
+beside what was reached. torch's side has its batch norms folded, which a user's model does not.
+
 Every layer (benchmarks/shapes/*.txt) runs as fastconv's operator, as eager cuDNN (channels_last, benchmark mode: convolution, bias,
 activation) and, while time is left, as the same through torch.compile(mode="max-autotune-no-cudagraphs"). A result is checked
 against float64 before it is timed. Times are medians of CUDA events with the L2 cache flushed before each run; the flush also
@@ -27,6 +31,12 @@ NETS = ("squeezenet1_0", "squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobil
 # "tf32": float32 tensors with tf32 allowed, for cuDNN and fastconv alike; "fp32": allowed for neither
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 BATCHES = (128, 32)
+NET_BATCHES = (256, 128, 32)
+# What was aimed at on an H200 in bf16: speed over the best of eager cuDNN and torch.compile at batch 128, images/s at batch 256, and
+# bytes/s of depthwise layers alone.
+TARGETS = {"separable": 4.0, "inverted_residual": 5.0, "fire": 2.0}
+NET_TARGETS = {"mobilenet_v1": 250e3, "mobilenet_v2": 250e3, "mobilenet_v3_large": 220e3, "squeezenet1_1": 300e3, "squeezenet1_0": 180e3}
+DEPTHWISE_TARGET = 3900.0
 WRONG = {"bf16": 8e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # largest relative L2 error of a layer against float64
 
 
@@ -121,6 +131,7 @@ class Run:
         self.seconds = 60 * minutes
         self.clock = Clock()
         self.rows: list[dict] = []
+        self.block_rows: list[dict] = []
         self.failures: list[str] = []
 
     def past(self, share: float) -> bool:
@@ -141,6 +152,58 @@ class Run:
         source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_()
         target = torch.empty_like(source)
         return 2 * source.numel() / self.clock(lambda: target.copy_(source)) / 1e3
+
+    def blocks(self, share: float, copy_gb_s: float) -> None:
+        from fastconv.benchmarks.blocks import blocks
+
+        for dtype_name, kind in (("bf16", "bf16"), ("fp16", "f16")):
+            for block in blocks(kind):
+                if self.past(share):
+                    return
+                what = f"{block.net} {block.layer} {block.problem.op} {dtype_name}"
+                self.guarded(what, lambda block=block, dtype_name=dtype_name: self.one_block(block, dtype_name, copy_gb_s))
+
+    def one_block(self, block, dtype_name: str, copy_gb_s: float) -> None:
+        from fastconv.benchmarks.blocks import Case
+        from fastconv.benchmarks.tuner import worth_trying
+        from fastconv.kernels.gpu import configs, launch, model
+
+        arch = launch.arch(torch.device("cuda", 0))
+        batch = BATCHES[0]
+        few, case = Case(block, 4, "cuda"), Case(block, batch, "cuda")
+        row = {"net": block.net, "layer": block.layer, "op": block.problem.op, "shape": block.shape, "count": block.count}
+        row |= {"dtype": dtype_name, "batch": batch, "tiles_us": {}}
+        chosen = configs.choice(block.problem, arch)
+        row["chosen"] = "in parts" if chosen is None else str(chosen)
+        for tile in worth_trying(block.problem, arch):
+            error = few.error(few.fused(tile))
+            if not error < WRONG[dtype_name]:
+                raise ArithmeticError(f"{tile}: relative error {error:.2e} against float64")
+            row["error"] = max(row.get("error", 0.0), error)
+            row["tiles_us"][str(tile)] = self.clock(lambda tile=tile: case.fused(tile), repeats=10)
+        row["fused_us"] = min(row["tiles_us"].values())
+        if block.problem.op != "stem":
+            row["parts_us"] = self.clock(case.parts, repeats=10)
+        row["eager_us"] = self.clock(case.plain, repeats=10)
+        row["floor_us"] = batch * model.floor(block.problem) / copy_gb_s / 1e3
+        self.block_rows.append(row)
+
+    def compiled_blocks(self, share: float) -> None:
+        """torch.compile's best on the bf16 blocks, the slowest first."""
+        from fastconv.benchmarks.blocks import Case, blocks
+
+        known = {(block.net, block.layer, block.problem.op): block for block in blocks("bf16")}
+        rows = [row for row in self.block_rows if row["dtype"] == "bf16"]
+        for row in sorted(rows, key=lambda row: -row["eager_us"] * row["count"]):
+            if self.past(share):
+                return
+            case = Case(known[row["net"], row["layer"], row["op"]], row["batch"], "cuda")
+            self.guarded(f"torch.compile {row['net']} {row['layer']}", lambda row=row, case=case: self.one_compiled_block(row, case))
+
+    def one_compiled_block(self, row: dict, case) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(case.plain, mode="max-autotune-no-cudagraphs", dynamic=False)
+        row["compile_us"] = self.clock(compiled, repeats=10)
 
     def layers(self, share: float) -> None:
         for dtype_name, dtype in DTYPES.items():
@@ -207,7 +270,7 @@ class Run:
             found.append(row)
 
         for dtype_name in DTYPES:
-            for batch in BATCHES:
+            for batch in NET_BATCHES:
                 for name in NETS:
                     if self.past(share):
                         return found
@@ -241,6 +304,47 @@ def geomean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else float("nan")
 
 
+def best_peer(row: dict) -> float:
+    """Microseconds of the faster of eager cuDNN and, where it was timed, torch.compile."""
+    return min(row["eager_us"], row.get("compile_us", math.inf))
+
+
+def ours(row: dict) -> float:
+    """Microseconds of the faster form: what `fastconv tune` would choose."""
+    return min(row["fused_us"], row.get("parts_us", math.inf))
+
+
+def targets(results: dict) -> list[dict]:
+    """Each target beside what was reached: {"what", "target", "reached" or None, "of": how many measurements}."""
+    found = []
+    for op, target in TARGETS.items():
+        rows = [row for row in results["blocks"] if (row["op"], row["dtype"], row["batch"]) == (op, "bf16", 128)]
+        reached = geomean([best_peer(row) / ours(row) for row in rows]) if rows else None
+        found.append({"what": f"{op}: times the best peer, batch 128", "target": target, "reached": reached, "of": len(rows)})
+    for net, target in NET_TARGETS.items():
+        rates = [
+            row["batch"] / row["fastconv_us"] * 1e6
+            for row in results["networks"]
+            if (row["net"], row["dtype"], row["batch"]) == (net, "bf16", 256)
+        ]
+        found.append({"what": f"{net}: images/s, batch 256", "target": target, "reached": max(rates, default=None), "of": len(rates)})
+    rates = [row["gb_s"] for row in results["layers"] if (row["op"], row["dtype"], row["batch"]) == ("depthwise", "bf16", 128)]
+    reached = statistics.median(rates) if rates else None
+    return [*found, {"what": "depthwise alone: GB/s, batch 128, median", "target": DEPTHWISE_TARGET, "reached": reached, "of": len(rates)}]
+
+
+def block_table(results: dict) -> str:
+    """Every block: microseconds fused, in parts and of the peers, and the share of the time its fewest bytes take."""
+    head = f"{'network':20s} {'block':22s} {'op':18s} {'shape':26s} {'dtype':5s}"
+    lines = [f"{head} {'fused':>9s} {'parts':>9s} {'eager':>9s} {'compile':>9s} %floor"]
+    for row in results["blocks"]:
+        cells = (f"{row[name]:9.1f}" if name in row else " " * 9 for name in ("fused_us", "parts_us", "eager_us", "compile_us"))
+        share = 100 * row["floor_us"] / ours(row)
+        head = f"{row['net']:20s} {row['layer']:22s} {row['op']:18s} {row['shape']:26s} {row['dtype']:5s}"
+        lines.append(f"{head} {' '.join(cells)} {share:5.0f}%")
+    return "\n".join(lines) + "\n"
+
+
 def tables(results: dict) -> str:
     lines = [
         f"{results['device']}, torch {results['torch']}, triton {results['triton']}, copy {results['copy_gb_s']:.0f} GB/s",
@@ -258,6 +362,10 @@ def tables(results: dict) -> str:
                     text = f"  {dtype} batch {batch:3d} {op:12s} {len(rows):3d} shapes  eager x{geomean(ratios):.2f} (x{min(ratios):.2f})"
                     text += f"  compile x{geomean(compiled):.2f} ({len(compiled)} shapes)" if compiled else ""
                     lines.append(f"{text}  {share:.0f}% of copy")
+    lines += ["", "targets (H200, bf16) and what was reached"]
+    for goal in targets(results):
+        reached = "not measured" if goal["reached"] is None else f"{goal['reached']:,.1f}"
+        lines.append(f"  {goal['what']:45s} target {goal['target']:>9,.1f}  reached {reached}  ({goal['of']} measured)")
     lines += ["", "networks: images/s, and speed over eager channels_last"]
     for row in results["networks"]:
         rate = row["batch"] / row["fastconv_us"] * 1e6
@@ -330,18 +438,22 @@ def main() -> int:
         "python": platform.python_version(),
         "cudnn": torch.backends.cudnn.version(),
         "copy_gb_s": run.copy_rate(),
+        "blocks": run.block_rows,
         "layers": run.rows,
         "networks": [],
         "failures": run.failures,
     }
     with torch.no_grad():
-        run.layers(0.55)
-        results["networks"] = run.networks(0.8)
+        run.blocks(0.3, results["copy_gb_s"])
+        results["networks"] = run.networks(0.5)
+        run.compiled_blocks(0.65)
+        run.layers(0.85)
         run.compiled_layers(0.95)
+    results["targets"] = targets(results)
     results["seconds"] = time.monotonic() - run.began
     text = tables(results)
     (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
-    (options.out / "gpu.txt").write_text(f"{text}\n{layer_table(results)}")
+    (options.out / "gpu.txt").write_text(f"{text}\n{block_table(results)}\n{layer_table(results)}")
     charts(results, options.out)
     print(text)
     return 1 if run.failures else 0

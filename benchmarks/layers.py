@@ -3,13 +3,14 @@
 python -m fastconv.benchmarks.layers --write
 """
 
+import argparse
 import os.path
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import nn
 
@@ -154,10 +155,13 @@ def _layers(model: nn.Module, size: int) -> Iterator[tuple[str, str, Shape]]:
             )
 
 
-@click.command()
-@click.option("--write", is_flag=True, help="Write shapes/*.txt; without it, only say which files differ from the networks.")
-def main(write: bool) -> None:
+def main() -> int:
     """Compares shapes/*.txt with the networks."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="write shapes/*.txt; without it, only say which files differ from the networks"
+    )
+    write = parser.parse_args().write
     differ = []
     for op, rows in of_networks().items():
         path, wanted = SHAPES / f"{op}.txt", text(op, rows)
@@ -165,9 +169,9 @@ def main(write: bool) -> None:
             differ.append(path.name)
         if write:
             path.write_text(wanted)
-    click.echo(f"{'written' if write else 'differ'}: {', '.join(differ) or 'none'}")
-    raise SystemExit(bool(differ) and not write)
+    print(f"{'written' if write else 'differ'}: {', '.join(differ) or 'none'}")
+    return bool(differ) and not write
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

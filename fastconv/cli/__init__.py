@@ -10,6 +10,7 @@ from fastconv.cli.doctor import doctor
 from fastconv.cli.explain import explain
 from fastconv.cli.machine import version
 from fastconv.cli.profile import profile
+from fastconv.cli.tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,5 +19,5 @@ def main() -> None:
     """SqueezeNet and MobileNet at the hardware's speed, inside PyTorch."""
 
 
-for command in (demo, classify, bench, claims, profile, explain, doctor):
+for command in (demo, classify, bench, claims, profile, tune, explain, doctor):
     main.add_command(command)

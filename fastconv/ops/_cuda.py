@@ -37,9 +37,19 @@ def uncovered(x: Tensor, weight: Tensor, stride: tuple[int, int] | None = None, 
     return None
 
 
-def _run(op: str, why: str | None, **arguments) -> Tensor:
+def uncovered_stem(weight: Tensor) -> str | None:
+    """Why the stem's kernel, which takes pixels one by one, does not take this weight."""
+    return f"{weight.shape[1]} input channels" if weight.shape[1] > 4 else None
+
+
+def run(op: str, *arguments, file: str | None = None, **more) -> Tensor:
+    """The launcher of `op`, in the file of its name or in another; imports triton when first called."""
+    return getattr(importlib.import_module(f"fastconv.kernels.gpu.{file or op}"), op)(*arguments, **more)
+
+
+def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tensor:
     if why is None:
-        return getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)(**arguments)
+        return run(op, file=file, **arguments)
     if _extension.backend() == "triton":
         raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton does not cover {why}")
     y = getattr(reference, op)(**arguments)
@@ -66,8 +76,58 @@ def fire_expand(x, weight1x1, bias1x1, weight3x3, bias3x3):
     return _run("fire_expand", uncovered(x, weight3x3), **arguments)
 
 
+def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3):
+    arguments = {"x": x, "squeeze_weight": squeeze_weight, "squeeze_bias": squeeze_bias}
+    arguments |= {"weight1x1": weight1x1, "bias1x1": bias1x1, "weight3x3": weight3x3, "bias3x3": bias3x3}
+    _checks.fire(**arguments)
+    return _run("fire", uncovered(x, weight3x3) or uncovered(x, squeeze_weight), "blocks", **arguments)
+
+
+def separable(
+    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
+    stride=(1, 1), padding=(1, 1), depthwise_activation=None, activation=None, residual=None,
+):  # fmt: skip
+    arguments = {"x": x, "depthwise_weight": depthwise_weight, "depthwise_bias": depthwise_bias}
+    arguments |= {"pointwise_weight": pointwise_weight, "pointwise_bias": pointwise_bias, "stride": stride, "padding": padding}
+    arguments |= {"depthwise_activation": depthwise_activation, "activation": activation, "residual": residual}
+    _checks.separable(**arguments)
+    why = uncovered(x, depthwise_weight, stride, padding) or uncovered(x, pointwise_weight)
+    return _run("separable", why, "blocks", **arguments)
+
+
+def inverted_residual(
+    x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+    stride=(1, 1), padding=(1, 1), activation="relu6", residual=False,
+):  # fmt: skip
+    arguments = {"x": x, "expand_weight": expand_weight, "expand_bias": expand_bias}
+    arguments |= {"depthwise_weight": depthwise_weight, "depthwise_bias": depthwise_bias}
+    arguments |= {"project_weight": project_weight, "project_bias": project_bias, "stride": stride, "padding": padding}
+    _checks.inverted_residual(**arguments, activation=activation, residual=residual)
+    why = uncovered(x, depthwise_weight, stride, padding) or uncovered(x, expand_weight) or uncovered(x, project_weight)
+    if why is not None:
+        return _run("inverted_residual", why, **arguments, activation=activation, residual=residual)
+    arguments |= {"squeeze_excite_weights": [], "residual": x if residual else None}
+    arguments |= {"expand_activation": activation, "depthwise_activation": activation}
+    arguments |= {"squeeze_activation": None, "gate_activation": None, "activation": None}
+    return _run("inverted_residual", None, "blocks", **arguments)
+
+
+def stem(x, weight, bias=None, stride=(2, 2), padding=(1, 1), activation=None):
+    arguments = {"x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding, "activation": activation}
+    _checks.stem(**arguments)
+    return _run("stem", uncovered(x, weight) or uncovered_stem(weight), **arguments)
+
+
+def global_avg_pool(x):
+    _checks.global_avg_pool(x)
+    return _run("global_avg_pool", uncovered(x, x[:0]), x=x)
+
+
+KERNELS = (depthwise, pointwise, fire_expand, fire, separable, inverted_residual, stem, global_avg_pool)
+
+
 def register() -> None:
-    """Gives torch.ops.fastconv.depthwise, pointwise and fire_expand their CUDA kernels, as FASTCONV_BACKEND asks.
+    """Gives every operator in KERNELS its CUDA kernel, as FASTCONV_BACKEND asks.
 
     Raises ImportError where FASTCONV_BACKEND=triton and the kernels cannot be imported; otherwise CUDA tensors then take the reference.
     """
@@ -76,7 +136,7 @@ def register() -> None:
         return
     missing = available()
     if missing is None:
-        for kernel in (depthwise, pointwise, fire_expand):
+        for kernel in KERNELS:
             torch.library.register_kernel(f"fastconv::{kernel.__name__}", "cuda", kernel)
     elif backend == "triton":
         raise ImportError(f"FASTCONV_BACKEND=triton: {missing}")

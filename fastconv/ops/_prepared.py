@@ -57,6 +57,28 @@ class PreparedResidual(Prepared):
         return restore, (*args, self.after)
 
 
+class PreparedBlock(PreparedResidual):
+    """A block on a GPU, which runs as one kernel or several by the size of its image; `kernel` tells how it last did.
+
+    after: None for a block without a residual.
+    """
+
+    __slots__ = ("form",)
+
+    def __init__(self, op: Callable[..., Tensor], args: tuple, label: str, after: tuple | None = None) -> None:
+        super().__init__(op, args, label, after)
+        self.form: str | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.op(x, *self.args) if self.after is None else super().__call__(x, residual)
+        self.form = _cuda.run("last_form", file="blocks")
+        return y
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.label} {self.form}" if self.form else self.label
+
+
 def _restore(kind: type[Prepared], op: str | Callable[..., Tensor], *args) -> Prepared:
     return kind(overload(op) if isinstance(op, str) else op, *args)
 
@@ -71,9 +93,9 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
         return False, "ATen (FASTCONV_BACKEND=aten)"
     on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in arguments.values())
     if backend == "triton" or (backend == "auto" and on_cuda and has_triton_kernel()):
-        if name in ("stem", "max_pool", "global_avg_pool"):
+        if name == "max_pool":
             return False, "ATen (no Triton kernel)"
-        why = _uncovered_by_triton(**arguments)
+        why = _uncovered_by_triton(name, **arguments)
         if why is None:
             return False, f"{name} triton"
     else:
@@ -89,8 +111,12 @@ def has_triton_kernel() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
 
 
-def _uncovered_by_triton(stride=None, padding=None, **arguments) -> str | None:
-    weights = {key: value for key, value in arguments.items() if value is not None and "weight" in key}
+def _uncovered_by_triton(name: str, stride=None, padding=None, **arguments) -> str | None:
+    weights = {key: value for key, value in arguments.items() if value is not None and ("weight" in key or key == "like")}
+    if name == "stem":
+        return _cuda.uncovered(weights["weight"], weights["weight"]) or _cuda.uncovered_stem(weights["weight"])
+    if not weights:  # of a kernel without weights no dtype is known yet
+        return None
     weight = weights["depthwise_weight"] if "depthwise_weight" in weights else next(iter(weights.values()))
     return _cuda.uncovered(weight, weight, stride, padding)
 

@@ -1,8 +1,8 @@
 import torch
 from torch import Tensor
 
-from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedResidual, arrange, choose, pack, pack_depthwise
+from fastconv.ops import _checks, _cuda
+from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, pack, pack_depthwise
 from fastconv.ops._register import overload, register
 
 
@@ -86,11 +86,19 @@ def prepare_inverted_residual(
     if not compiled:
         expand_weight, expand_bias, *depthwise, project_weight, project_bias = arrange(label, *weights.values())
         gate = list(arrange(label, *gate_weights))
-        return PreparedResidual(_block, (expand_weight, expand_bias, *depthwise, gate, project_weight, project_bias), label, after)
+        args = (expand_weight, expand_bias, *depthwise, gate, project_weight, project_bias)
+        if label.endswith("triton"):
+            return PreparedBlock(_triton_block, args, label, after)
+        return PreparedResidual(_block, args, label, after)
     expand = (None, None) if expand_weight is None else pack(expand_weight, expand_bias)
     gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
     args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *pack(project_weight, project_bias))
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)
+
+
+def _triton_block(x, *args):
+    """_block through the Triton kernels, fused where that is faster."""
+    return _cuda.run("inverted_residual", x, *args, file="blocks")
 
 
 def _block(

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedResidual, arrange, choose, pack, pack_depthwise
+from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, pack, pack_depthwise
 from fastconv.ops._register import overload, register
 
 
@@ -66,7 +66,8 @@ def prepare_separable(
     compiled, label = choose("separable", "inverted_residual_packed", **weights, stride=stride, padding=padding)
     if not compiled:
         args = (*arrange(label, *weights.values()), stride, padding, depthwise_activation, activation)
-        return PreparedResidual(overload("separable"), args, label, ())
+        kind = PreparedBlock if label.endswith("triton") else PreparedResidual
+        return kind(overload("separable"), args, label, ())
     args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *pack(pointwise_weight, pointwise_bias))
     after = (stride, padding, None, depthwise_activation, None, None, activation)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)

@@ -1,7 +1,7 @@
 from torch import Tensor
 
-from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, choose, pack
+from fastconv.ops import _checks, _cuda
+from fastconv.ops._prepared import Prepared, arrange, choose, pack
 from fastconv.ops._register import overload, register
 
 _stem = register("stem")
@@ -33,6 +33,12 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activa
     stride, padding = _checks.stride_padding("stem", stride, padding)
     compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias, stride=stride, padding=padding)
     if not compiled:
-        return Prepared(overload("stem"), (weight, bias, stride, padding, activation), label)
+        op = _triton_stem if label.endswith("triton") else overload("stem")
+        return Prepared(op, (*arrange(label, weight, bias), stride, padding, activation), label)
     args = (*pack(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)
     return Prepared(overload("stem_packed"), args, label)
+
+
+def _triton_stem(x: Tensor, *args) -> Tensor:
+    """Its output is channels_last whatever x is, as the compiled kernel's."""
+    return _cuda.run("stem", x, *args, always_nhwc=True)

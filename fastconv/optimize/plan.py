@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fastconv import _extension
+from fastconv.optimize.gpu import join, joined
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
 from fastconv.optimize.trace import Untraceable, hooked, trace
@@ -364,8 +365,12 @@ class Plan:
         for i, (call, reads, write) in enumerate(program.steps):
             if isinstance(call, Kernel):
                 keep = changed is not None and not any(source.place() in changed for source in call.sources())
+                keep = keep and not joined(old.steps[i][0])  # which holds its neighbour's weights
                 call = old.steps[i][0] if keep else call.prepare(like, self.exact)
             steps.append((call, reads, write))
+        if program.graph is not None:
+            calls = join(program.graph, [call for call, _, _ in steps])
+            steps = [(call, reads, write) for call, (_, reads, write) in zip(calls, steps)]
         return Ready(program, watch, steps, whole(program.graph, [call for call, _, _ in steps]) if program.graph else None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

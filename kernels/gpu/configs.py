@@ -4,13 +4,16 @@ A tile depends on one image and its channels, never on the batch: the same image
 tables hold every configuration that ships, and tests/gpu/test_compile.py compiles each of them. The sm_80 table serves
 every other architecture too, so its tiles stay below 99 KiB of shared memory (sm_86, sm_89, sm_120).
 
+The tiles of the block kernels are what `model` chooses among, per shape; a table measured by `fastconv tune` goes before its choice.
+
 The tiles come from arithmetic (16 bytes a thread and load, accumulators within the register file, two or more programs per
 multiprocessor). benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
 """
 
+import functools
 from dataclasses import dataclass
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,32 @@ class Problem:
     height: int
     width: int
     in_channels: int
-    out_channels: int
+    out_channels: int  # of the larger of two expands
+    kernel: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    between: int = 0  # expanded or squeezed channels
+    image: tuple[int, int] = (0, 0)  # the input's height and width, where they are not the output's
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The input's height and width."""
+        return self.image if self.image != (0, 0) else (self.height, self.width)
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return 2 if self.half else 4
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in ("f16", "bf16")
+
+    @property
+    def narrow(self) -> bool:
+        """Whether some channels do not come in 16-byte loads: an address per element then fills the registers, and large tiles spill."""
+        counts = [self.in_channels, self.between, *([self.out_channels] if self.op in BLOCKS else [])]
+        return any(count % (8 if self.half else 4) for count in counts)
 
 
 @dataclass(frozen=True)
@@ -44,6 +72,27 @@ class MatmulTile:
     depth: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """lanes columns of run output rows by channels; depth channels of the result in between at a time, from depth_in of the input's."""
+
+    run: int
+    lanes: int
+    channels: int
+    depth: int
+    num_warps: int
+    depth_in: int = 0
+    num_stages: int = 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels, "DEPTH": self.depth}
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-(-(-height // self.run) * width) // self.lanes)
 
 
 # Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
@@ -83,6 +132,10 @@ POINTWISE = {
         "tf32": (MatmulTile(128, 32, 32, 4, 4), MatmulTile(128, 64, 32, 4, 4), MatmulTile(128, 128, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 32, 4, 3), MatmulTile(64, 64, 32, 4, 3)),
     },
+    "gfx942": {
+        "half": (MatmulTile(64, 32, 32, 4, 2), MatmulTile(128, 64, 32, 4, 2), MatmulTile(128, 128, 32, 8, 2)),
+        "f32": (MatmulTile(64, 32, 32, 4, 2),),
+    },
 }
 
 # Each program keeps two accumulators (expand1x1 and expand3x3), so `channels` counts twice.
@@ -99,23 +152,195 @@ FIRE_EXPAND = {
         "tf32": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
+    "gfx942": {
+        "half": (MatmulTile(64, 64, 16, 4, 2), MatmulTile(64, 64, 32, 4, 2)),
+        "f32": (MatmulTile(64, 32, 16, 4, 2),),
+    },
 }
 
 SMALL_IMAGE = 14 * 14
 
+# The block kernels' tables hold what compiles without spills at its heaviest: K = 5, stride 2, silu, residual, any channel count.
+# 64 lanes is what sm_90's wgmma needs; deeper chunks, and more rows a lane, spill (docs/decisions/0011).
+ATEN = "aten"  # the form of a block through torch's own operators
+BLOCKS = ("separable", "inverted_residual", "expand_depthwise", "fire", "fire_pool", "stem", "head")
 
-def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile:
-    """The tile `problem` runs with on `arch` ("sm_80" or "sm_90")."""
-    half = problem.dtype in ("f16", "bf16")
+
+def _tiles(*rows: tuple[int, ...], stages: int = 1) -> tuple[BlockTile, ...]:
+    """Rows of (run, lanes, channels, depth, num_warps[, depth_in])."""
+    return tuple(BlockTile(*row, num_stages=stages) for row in rows)
+
+
+TABLES = {
+    "separable": {
+        "sm_80": {
+            "half": _tiles(
+                (4, 64, 64, 16, 8), (4, 64, 32, 16, 8), (4, 32, 64, 16, 4), (2, 64, 128, 32, 8), (2, 64, 64, 32, 4),
+                (2, 32, 256, 32, 8), (2, 32, 128, 32, 4), (2, 32, 64, 32, 4), (2, 64, 16, 32, 4), (1, 32, 256, 32, 8),
+            ),
+            "tf32": _tiles((2, 32, 64, 16, 8), (2, 32, 32, 16, 4), (1, 64, 64, 16, 8), (1, 32, 64, 16, 4)),
+            "f32": _tiles((2, 32, 64, 16, 8), (2, 32, 32, 16, 4), (1, 64, 64, 16, 8), (1, 32, 64, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+        "sm_90": {
+            "half": _tiles(
+                (4, 64, 64, 32, 8), (4, 64, 32, 32, 8), (4, 32, 64, 16, 4), (2, 64, 128, 32, 8), (2, 64, 64, 32, 4),
+                (2, 32, 256, 32, 8), (2, 32, 128, 32, 4), (2, 32, 64, 32, 4), (2, 64, 16, 32, 4), (1, 32, 256, 32, 8),
+            ),
+            "tf32": _tiles((2, 32, 64, 16, 8), (2, 32, 32, 16, 4), (1, 64, 64, 16, 8), (1, 32, 64, 16, 4)),
+            "f32": _tiles((2, 32, 64, 16, 8), (2, 32, 32, 16, 4), (1, 64, 64, 16, 8), (1, 32, 64, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+        "gfx942": {
+            "half": _tiles((1, 64, 64, 16, 4), (1, 64, 64, 32, 8)),
+            "f32": _tiles((1, 32, 32, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+    },
+    "inverted_residual": {
+        "sm_80": {
+            "half": _tiles(
+                (2, 64, 32, 16, 8, 16), (2, 64, 32, 16, 8, 32), (2, 32, 32, 16, 4, 32), (2, 32, 64, 16, 4, 64),
+                (1, 64, 64, 16, 4, 64), (1, 64, 64, 16, 8, 128),
+            ),
+            "tf32": _tiles((2, 64, 32, 16, 8, 16), (2, 64, 32, 16, 8, 32), (1, 64, 64, 16, 8, 64), (1, 32, 32, 16, 4, 32)),
+            "f32": _tiles((2, 64, 32, 16, 8, 16), (1, 32, 16, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "sm_90": {
+            "half": _tiles(
+                (4, 64, 32, 32, 8, 16), (4, 64, 32, 32, 8, 32), (2, 64, 32, 16, 4, 32), (4, 64, 64, 16, 8, 64), (2, 64, 64, 32, 8, 64),
+                (1, 64, 64, 32, 4, 64), (2, 64, 128, 16, 8, 128), (1, 64, 128, 32, 8, 128),
+            ),
+            "tf32": _tiles((2, 64, 32, 16, 8, 16), (2, 64, 32, 16, 8, 32), (1, 64, 64, 16, 8, 64), (1, 32, 32, 16, 4, 32)),
+            "f32": _tiles((2, 64, 32, 16, 8, 16), (1, 32, 16, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "gfx942": {
+            "half": _tiles((1, 64, 32, 16, 4, 32), (1, 64, 64, 16, 4, 64)),
+            "f32": _tiles((1, 32, 32, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 4, 16)),
+        },
+    },
+    "expand_depthwise": {
+        "sm_80": {
+            "half": _tiles(
+                (4, 64, 16, 16, 8, 16), (4, 64, 16, 16, 8, 32), (2, 64, 16, 16, 4, 32), (2, 64, 16, 16, 8, 64), (1, 64, 16, 16, 4, 64),
+                (1, 64, 16, 16, 8, 128),
+            ),
+            "tf32": _tiles((2, 64, 16, 16, 8, 16), (2, 64, 16, 16, 8, 32), (1, 64, 16, 16, 4, 64)),
+            "f32": _tiles((2, 64, 16, 16, 8, 16), (1, 32, 16, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "sm_90": {
+            "half": _tiles(
+                (4, 64, 32, 32, 8, 16), (4, 64, 32, 32, 8, 32), (2, 64, 32, 32, 4, 32), (4, 64, 32, 32, 8, 64), (1, 64, 32, 32, 4, 64),
+                (2, 64, 64, 64, 8, 64), (2, 64, 32, 32, 8, 128),
+            ),
+            "tf32": _tiles((2, 64, 16, 16, 8, 16), (2, 64, 16, 16, 8, 32), (1, 64, 16, 16, 4, 64)),
+            "f32": _tiles((2, 64, 16, 16, 8, 16), (1, 32, 16, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "gfx942": {
+            "half": _tiles((1, 64, 16, 16, 4, 32), (1, 64, 16, 16, 4, 64)),
+            "f32": _tiles((1, 32, 16, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 4, 16)),
+        },
+    },
+    "fire": {
+        "sm_80": {
+            "half": _tiles((2, 64, 64, 16, 8, 64), (4, 64, 32, 16, 8, 64), (1, 64, 64, 16, 4, 64)),
+            "tf32": _tiles((2, 32, 32, 16, 8, 32), (1, 32, 32, 16, 4, 32)),
+            "f32": _tiles((2, 32, 32, 16, 8, 16), (1, 32, 32, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "sm_90": {
+            "half": _tiles((2, 64, 64, 16, 8, 64), (2, 64, 64, 32, 8, 64), (4, 64, 32, 16, 8, 64), (2, 64, 64, 16, 8, 128)),
+            "tf32": _tiles((2, 32, 32, 16, 8, 32), (1, 32, 32, 16, 4, 32)),
+            "f32": _tiles((2, 32, 32, 16, 8, 16), (1, 32, 32, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 8, 16)),
+        },
+        "gfx942": {
+            "half": _tiles((1, 64, 64, 16, 4, 64)),
+            "f32": _tiles((1, 32, 32, 16, 4, 16)),
+            "narrow": _tiles((1, 32, 16, 16, 4, 16)),
+        },
+    },
+    "fire_pool": {
+        "sm_80": {
+            "half": _tiles((1, 64, 64, 16, 8), (1, 64, 64, 32, 8), (1, 128, 32, 32, 8), stages=3),
+            "tf32": _tiles((1, 64, 32, 16, 4), (1, 32, 32, 16, 4), stages=3),
+            "f32": _tiles((1, 64, 32, 16, 8), (1, 32, 32, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+        "sm_90": {
+            "half": _tiles((1, 64, 64, 16, 8), (1, 64, 64, 32, 8), (1, 128, 32, 32, 8), stages=3),
+            "tf32": _tiles((1, 64, 32, 16, 4), (1, 32, 32, 16, 4), stages=3),
+            "f32": _tiles((1, 64, 32, 16, 8), (1, 32, 32, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+        "gfx942": {
+            "half": _tiles((1, 64, 64, 16, 4), stages=2),
+            "f32": _tiles((1, 32, 32, 16, 4)),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        },
+    },
+    "stem": {
+        arch: {
+            "half": _tiles((1, 128, 16, 32, 4), (1, 128, 32, 32, 4), (1, 128, 64, 32, 8), (1, 64, 128, 32, 8)),
+            "tf32": _tiles((1, 64, 16, 32, 4), (1, 64, 32, 32, 4), (1, 64, 64, 32, 8)),
+            "f32": _tiles((1, 64, 16, 32, 4), (1, 64, 32, 32, 4), (1, 64, 64, 32, 8)),
+        }
+        for arch in ARCHITECTURES
+    },
+    "head": {
+        arch: {
+            "half": _tiles((1, 64, 64, 64, 4), (1, 64, 128, 64, 8), stages=3),
+            "tf32": _tiles((1, 64, 64, 32, 4), stages=3),
+            "f32": _tiles((1, 32, 32, 32, 4), stages=2),
+            "narrow": _tiles((1, 32, 32, 16, 4)),
+        }
+        for arch in ARCHITECTURES
+    },
+}  # fmt: skip
+
+
+def kind(problem: Problem) -> str:
+    """The row of a block's table."""
+    return "narrow" if problem.narrow and problem.op != "stem" else "half" if problem.half else problem.dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile | BlockTile:
+    """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
+    if problem.op in BLOCKS:
+        from . import model
+
+        form = choice(problem, arch)
+        return form if isinstance(form, BlockTile) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
-    narrow_loads = problem.in_channels % (8 if half else 4) != 0
+    narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
     if problem.op == "depthwise":
-        return _depthwise(DEPTHWISE["narrow" if narrow_loads else "half" if half else "f32"], problem.out_channels)
+        return _depthwise(DEPTHWISE["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
-    kind = "half" if half else problem.dtype
+    kind = "half" if problem.half else problem.dtype
     if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
         kind = f"{kind} small"
     return _matmul(table[kind], problem, narrow_loads)
+
+
+@functools.lru_cache(maxsize=4096)
+def choice(problem: Problem, arch: str) -> BlockTile | str | None:
+    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model.
+
+    ATEN where cuDNN was measured to be fastest; the model knows nothing of it.
+    """
+    from . import model, tuned
+
+    measured = tuned.choice(problem, arch)
+    if measured is not None:
+        return measured.form
+    return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
 
 
 def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int) -> DepthwiseTile:

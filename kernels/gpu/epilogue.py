@@ -15,7 +15,7 @@ def _clamp(x, low: tl.constexpr, high: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`ACTIVATION` of an fp32 tile: None, "relu", "relu6", "hardswish", "hardsigmoid" or "silu"."""
+    """`ACTIVATION` of an fp32 tile: None, "relu", "relu6", "hardswish", "hardsigmoid", "silu", or a gate's "sigmoid"."""
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
@@ -26,6 +26,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = _clamp(x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + tl.exp(-x))
     else:
         tl.static_assert(ACTIVATION is None, "unknown activation")
     return x

@@ -6,12 +6,16 @@ import math
 
 import torch
 
+from .configs import BlockTile
+
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 INT32_MAX = 2**31 - 1
 
 
 @functools.cache
 def _arch(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "sm_80"
 
 
@@ -22,7 +26,17 @@ def arch(device: torch.device) -> str:
 
 def precision(dtype: torch.dtype) -> str:
     """fp32 dot products use tf32 only where torch's own switch for matrix products allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The dtype as the tile tables name it."""
+    return "tf32" if precision(dtype) == "tf32" else DTYPES[dtype]
+
+
+def window(size: tuple[int, int], kernel: int, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+    """The output's height and width."""
+    return tuple((extent + 2 * p - kernel) // s + 1 for extent, s, p in zip(size, stride, padding))
 
 
 def alignment(channels: int) -> int:
@@ -49,9 +63,9 @@ def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(x: torch.Tensor, shape: tuple[int, ...], always_nhwc: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = always_nhwc or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
     layout = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     is_nhwc = result.is_contiguous(memory_format=torch.channels_last)
@@ -62,3 +76,13 @@ def outputs(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torc
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes x's GPU the current one: Triton launches on the current device, and a Python kernel gets no device guard from torch."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def options(tile: BlockTile) -> dict[str, int]:
+    """How a block kernel is compiled with its tile. maxnreg: left to itself, ptxas spills values of the smaller tiles for occupancy."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if torch.version.hip else {"maxnreg": 255})
+
+
+def steps(channels: int, depth: int) -> int:
+    """1 where one step holds all channels, which a kernel then compiles without a loop, else 2 for any number."""
+    return 1 if channels <= depth else 2

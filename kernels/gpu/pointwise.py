@@ -1,6 +1,6 @@
 """Pointwise (1x1) convolution, a matrix product over pixels:
 
-y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o])
+y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o]), x scaled by a gate per image and channel if there is one
 """
 
 import torch
@@ -11,17 +11,20 @@ from . import launch
 from .configs import Problem, config
 from .epilogue import activate, dot
 
-RUNTIME = ("M", "in_units", "out_units", "o_blocks")
+RUNTIME = ("M", "image", "in_units", "out_units", "o_blocks")
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def pointwise_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, in_units, out_units, o_blocks,
+    x_ptr, gate_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
+    M, image, in_units, out_units, o_blocks,
     ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: PIXELS of the M = N*H*W pixels by CHANNELS output channels. x, residual, y: NHWC; w: (Cout, Cin), as torch keeps it."""
+    """One program: PIXELS of the M = N*H*W pixels by CHANNELS output channels. x, residual, y: NHWC; w: (Cout, Cin), as torch keeps it.
+
+    gate: (N, Cin), what each of an image's `image` pixels is multiplied by.
+    """
     C = in_units * ALIGN_IN
     O = out_units * ALIGN_OUT  # noqa: E741
     # blocks of output channels vary fastest, so that the programs sharing an x tile run together and find it in L2
@@ -39,6 +42,10 @@ def pointwise_kernel(
     for c0 in range(0, C, DEPTH):
         c_mask = c < C - c0
         x = tl.load(x_tile + c0, mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+        if gate_ptr is not None:
+            g = gate_ptr + ((start + m) // image)[:, None] * C + (c0 + c)[None, :]
+            g = tl.load(g, mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+            x = (x.to(tl.float32) * g.to(tl.float32)).to(x.dtype)
         w = tl.load(w_tile + c0, mask=c_mask[:, None] & o_mask[None, :], other=0.0)
         acc = dot(x, w, acc, PRECISION)
 
@@ -57,10 +64,11 @@ def pointwise(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (N, Cin, H, W), weight (Cout, Cin, 1, 1), bias (Cout,), residual (N, Cout, H, W); one dtype: float32, float16 or bfloat16.
+    """x (N, Cin, H, W), weight (Cout, Cin, 1, 1), bias (Cout,), residual (N, Cout, H, W), gate (N, Cin, 1, 1), one dtype.
 
-    Arguments are not checked.
+    float32, float16 or bfloat16. The gate multiplies x as it is loaded. Arguments are not checked.
     """
     n, in_channels, height, width = x.shape
     out_channels = weight.shape[0]
@@ -75,8 +83,8 @@ def pointwise(
     pixels, o_blocks = n * height * width, triton.cdiv(out_channels, tile.channels)
     with launch.on(x):
         pointwise_kernel[(triton.cdiv(pixels, tile.pixels) * o_blocks,)](
-            x, launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y,
-            pixels, in_channels // align_in, out_channels // align_out, o_blocks,
+            x, launch.dense(gate), launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y,
+            pixels, height * width, in_channels // align_in, out_channels // align_out, o_blocks,
             ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, ACTIVATION=activation,
             PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Compiles every configuration that ships for sm_80 and sm_90, without a GPU, and reads what the machine code needs.
+"""Compiles every configuration that ships for sm_80, sm_90 and gfx942, without a GPU, and reads what the machine code needs.
 
 `python tests/gpu/compiling.py` prints the table that test_compile.py checks.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from fastconv.kernels.gpu import configs
 
+FILES = {"expand_depthwise": "inverted_residual"}  # operations that share another's file
+BLOCK_DTYPES = {"half": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "bf16")}
 POINTER = {"f32": "*fp32", "tf32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "f16", "bf16")}
 
@@ -37,6 +39,17 @@ def jobs() -> list[dict]:
             for width in (32, 64, 128):
                 job = _matmul("pointwise", arch, dtype, _tile("pointwise", arch, dtype, 49, width), align=1)
                 found += [job] if job not in found else []
+        # a gated projection holds its gate beside x; what is gated is never narrow, nor an image of many pixels
+        found += [_matmul("pointwise", arch, "bf16", tile, gate=True) for tile in configs.POINTWISE[arch]["half"]]
+        for op in configs.BLOCKS:
+            for kind, tiles in configs.TABLES[op][arch].items():
+                for dtype in BLOCK_DTYPES[kind]:
+                    # fp16 is bf16's code with another instruction: one tile of it
+                    those = tiles[:1] if dtype == "f16" else tiles
+                    found += [job for tile in those for job in _block(op, arch, dtype, tile, kind == "narrow", tiles)]
+            if op != "head":
+                tiles = configs.TABLES[op][arch]["half"][:1]
+                found += _block(op, arch, "bf16", tiles[0], False, tiles, wide=True)
         found.append(_depthwise(arch, "bf16", _tile("depthwise", arch, "bf16", 64, 64), wide=True))
         found.append(_matmul("fire_expand", arch, "bf16", _tile("fire_expand", arch, "bf16", 64, 64), wide=True))
     return found
@@ -53,11 +66,43 @@ def _depthwise(arch: str, dtype: str, tile, align: int = 8, wide: bool = False) 
     return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
 
 
-def _matmul(op: str, arch: str, dtype: str, tile, align: int = 8, wide: bool = False) -> dict:
+def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wide: bool = False) -> list[dict]:
+    """A tile at its heaviest: K = 5, stride 2, silu; where it may loop over input channels (the deepest of tiles), with that loop."""
+    align = 1 if narrow else 8
+    constants = {"PRECISION": "tf32" if dtype == "tf32" else "ieee", "WIDE": wide}
+    if op == "head":
+        constants |= {"PIXELS": tile.lanes, "CHANNELS": tile.channels, "DEPTH": tile.depth}
+    else:
+        constants |= tile.constants
+    if op in ("separable", "inverted_residual", "expand_depthwise"):
+        constants |= {"K": 5, "DEPTHWISE_ACTIVATION": "silu"}
+    if op in ("separable", "inverted_residual", "expand_depthwise", "fire_pool", "stem"):
+        constants |= {"STRIDE_H": 2, "STRIDE_W": 2}
+    if op in ("separable", "inverted_residual", "stem", "head"):
+        constants |= {"ACTIVATION": "silu", "ALIGN_OUT": align}
+    if op != "stem":
+        constants |= {"ALIGN_IN": align}
+    if op in ("inverted_residual", "expand_depthwise"):
+        constants |= {"EXPAND_ACTIVATION": "silu", "ALIGN_BETWEEN": align}
+    if op.startswith("fire"):
+        constants |= {"ALIGN_1X1": align, "ALIGN_3X3": align} | ({"ALIGN_BETWEEN": align} if op == "fire" else {})
+    if op == "expand_depthwise":
+        del constants["CHANNELS"]
+    if op == "stem":
+        constants |= {"C": 3, "KH": 7, "KW": 7}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if arch == "gfx942" else {"maxnreg": 255})
+    job = {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+    if not tile.depth_in:
+        return [job]
+    deepest = op == "fire" or tile.depth_in == max(other.depth_in for other in tiles)
+    return [job | {"constants": constants | {"DEPTH_IN": tile.depth_in, "STEPS": steps}} for steps in ((1, 2) if deepest else (1,))]
+
+
+def _matmul(op: str, arch: str, dtype: str, tile, align: int = 8, wide: bool = False, gate: bool = False) -> dict:
     constants = {"ALIGN_IN": align, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     constants |= {"PIXELS": tile.pixels, "CHANNELS": tile.channels, "DEPTH": tile.depth}
     if op == "pointwise":
-        constants |= {"ALIGN_OUT": align, "ACTIVATION": "silu"}
+        constants |= {"ALIGN_OUT": align, "ACTIVATION": "silu"} | ({} if gate else {"gate_ptr": None})
     else:
         constants |= {"ALIGN_1X1": align, "ALIGN_3X3": align, "WIDE": wide}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -66,14 +111,16 @@ def _matmul(op: str, arch: str, dtype: str, tile, align: int = 8, wide: bool = F
 
 def name(job: dict) -> str:
     c = job["constants"]
-    tile = (c["ROWS"], c["COLS"], c["CHANNELS"]) if job["op"] == "depthwise" else (c["PIXELS"], c["CHANNELS"], c["DEPTH"])
-    variant = f"-k{c['K']}s{c['STRIDE_H']}" if job["op"] == "depthwise" else f"-stages{job['options']['num_stages']}"
-    variant += ("" if aligned(job) else "-unaligned") + ("-wide" if c.get("WIDE") else "")
-    return f"{job['op']}-{job['arch']}-{job['dtype']}-{'x'.join(map(str, tile))}{variant}"
+    fields = ("RUN", "LANES", "ROWS", "COLS", "PIXELS", "CHANNELS", "DEPTH", "DEPTH_IN")
+    variant = f"-k{c['K']}s{c['STRIDE_H']}" if "K" in c else f"-stages{job['options']['num_stages']}"
+    variant += ("" if aligned(job) else "-unaligned") + ("-wide" if c.get("WIDE") else "") + ("-loop" if c.get("STEPS") == 2 else "")
+    variant += "-gate" if job["op"] == "pointwise" and "gate_ptr" not in c else ""
+    tile = "x".join(str(c[field]) for field in fields if field in c)
+    return f"{job['op']}-{job['arch']}-{job['dtype']}-{tile}-warps{job['options']['num_warps']}{variant}"
 
 
 def aligned(job: dict) -> bool:
-    return job["constants"].get("ALIGN", job["constants"].get("ALIGN_IN")) == 8
+    return next((value for key, value in job["constants"].items() if key.startswith("ALIGN")), 8) == 8
 
 
 def compile_job(job: dict) -> dict:
@@ -84,17 +131,20 @@ def compile_job(job: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"fastconv.kernels.gpu.{job['op']}"), f"{job['op']}_kernel")
+    file = FILES.get(job["op"], job["op"])
+    kernel = getattr(importlib.import_module(f"fastconv.kernels.gpu.{file}"), f"{job['op']}_kernel")
     signature, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in job["constants"]:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            signature[argument] = POINTER[job["dtype"]]
+            signature[argument] = "*fp32" if argument == "sums_ptr" else POINTER[job["dtype"]]
             aligned[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32"
     source = ASTSource(kernel, signature, constexprs=job["constants"], attrs=aligned)
+    if job["arch"] == "gfx942":
+        return _amd(triton.compile(source, target=GPUTarget("hip", job["arch"], 64), options=job["options"]))
     target = GPUTarget("cuda", int(job["arch"].removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=job["options"])
     usage, ptx = _usage(compiled.asm["cubin"]), compiled.asm["ptx"]
@@ -106,6 +156,21 @@ def compile_job(job: dict) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "wide_loads": round(sum(bits for bits in loads if bits == 128) / sum(loads), 3),
         "tensor_cores": next((name for name in ("wgmma", "mma.sync") if name in ptx), None),
+    }
+
+
+def _amd(compiled) -> dict:
+    """The same facts of a gfx942 binary; its spills are those of vector registers."""
+    code = compiled.asm["amdgcn"]
+    loads = [32 * int(words or 1) for words in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", code)]
+    loads += [16 for _ in re.findall(r"(?:global|buffer)_load_(?:u|s)?short", code)]
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "stack": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
+        + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
+        "wide_loads": round(sum(bits for bits in loads if bits == 128) / sum(loads), 3),
+        "tensor_cores": "mfma" if "v_mfma" in code else None,
     }
 
 
@@ -124,7 +189,7 @@ def key(job: dict) -> str:
     import triton
 
     folder = Path(configs.__file__).parent
-    sources = b"".join((folder / file).read_bytes() for file in (f"{job['op']}.py", "epilogue.py"))
+    sources = b"".join((folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py"))
     mine = Path(__file__).read_bytes()
     return hashlib.sha256(sources + mine + json.dumps(job, sort_keys=True).encode() + triton.__version__.encode()).hexdigest()
 
@@ -135,7 +200,7 @@ def compile_all(known: dict[str, dict]) -> dict[str, dict]:
     if not missing:
         return known
     # spawn: triton and torch hold threads that do not survive a fork
-    workers = min(len(missing), os.cpu_count() or 1)
+    workers = min(len(missing), len(os.sched_getaffinity(0)))
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         return known | {key(job): facts for job, facts in zip(missing, pool.map(compile_job, missing, chunksize=4), strict=False)}
 

@@ -1,4 +1,4 @@
-"""Every tile that ships, compiled for sm_80 and sm_90, no GPU needed: no spills, shared memory that fits, wide loads, tensor cores."""
+"""Every tile that ships, compiled for sm_80, sm_90 and gfx942 with no GPU: no spills, shared memory that fits, wide loads, matrix units."""
 
 import compiling
 import pytest
@@ -8,7 +8,9 @@ from fastconv.kernels.gpu import configs
 pytest.importorskip("triton")
 
 # What a block may use: 99 KiB serves sm_86, sm_89 and sm_120 too, which run sm_80's table (sm_80 itself has 163 KiB).
-SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+REGISTERS = {"sm_80": 65536, "sm_90": 65536, "gfx942": 4 * 64 * 512}
+TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync"), "gfx942": ("mfma",)}
 JOBS = compiling.jobs()
 
 
@@ -29,12 +31,24 @@ def test_binary(job, facts):
     binary = facts[compiling.key(job)]
     assert binary["stack"] == 0, "registers spill"
     assert binary["shared"] <= SHARED_LIMIT[job["arch"]]
-    assert binary["registers"] * 32 * job["options"]["num_warps"] <= 65536
-    if compiling.aligned(job):
-        assert binary["wide_loads"] >= 0.75  # the rest is biases
-    # ieee fp32 has no tensor-core instruction
-    matmul = job["op"] != "depthwise" and job["dtype"] != "f32"
-    assert binary["tensor_cores"] == ({"sm_80": "mma.sync", "sm_90": "wgmma"}[job["arch"]] if matmul else None)
+    lanes = 64 if job["arch"] == "gfx942" else 32
+    assert binary["registers"] * lanes * job["options"]["num_warps"] <= REGISTERS[job["arch"]]
+    # The rest is biases; a block loads taps per use, a stem pixels of few channels. gfx942 has tiles too small for 16 bytes a thread.
+    if compiling.aligned(job) and job["op"] not in configs.BLOCKS and job["arch"] != "gfx942":
+        assert binary["wide_loads"] >= 0.75
+    if job["op"] == "depthwise" or (job["dtype"] == "f32" and job["arch"] != "gfx942"):
+        assert binary["tensor_cores"] is None  # ieee fp32 has no tensor-core instruction there
+    elif job["op"] in configs.BLOCKS:
+        assert binary["tensor_cores"] in TENSOR_CORES[job["arch"]]
+    else:
+        assert binary["tensor_cores"] == TENSOR_CORES[job["arch"]][0]
+
+
+def test_blocks_of_64_lanes_take_wgmma(facts):
+    """What 64 lanes are for: sm_90's warpgroup instruction, twice the rate of mma.sync."""
+    wide = [job for job in JOBS if job["arch"] == "sm_90" and job["constants"].get("LANES") == 64 and job["dtype"] == "bf16"]
+    assert len(wide) > 20
+    assert {facts[compiling.key(job)]["tensor_cores"] for job in wide} == {"wgmma"}
 
 
 def shipped(op: str, arch: str) -> set:
@@ -46,13 +60,25 @@ def shipped(op: str, arch: str) -> set:
 @pytest.mark.parametrize("op", ["depthwise", "pointwise", "fire_expand"])
 def test_every_tile_is_chosen_and_no_other(op, arch):
     chosen = set()
-    for dtype in ("f32", "f16", "bf16") if op == "depthwise" else ("f32", "tf32", "f16", "bf16"):
+    dtypes = ("f32", "f16", "bf16") if op == "depthwise" or arch == "gfx942" else ("f32", "tf32", "f16", "bf16")  # tf32 is NVIDIA's
+    for dtype in dtypes:
         for size in (7, 13, 14, 15, 56):
             for in_channels in (1, 3, 16, 24, 32, 40, 48, 64, 96, 160, 960):
                 for out_channels in (1, 16, 24, 32, 64, 72, 96, 128, 1000):
                     problem = configs.Problem(op, dtype, size, size, in_channels, out_channels)
                     chosen.add((dtype, configs.config(problem, arch)))
     assert {(dtype.replace("tf32", "f32") if op == "depthwise" else dtype, tile) for dtype, tile in chosen} == shipped(op, arch)
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("op", configs.BLOCKS)
+def test_every_block_gets_a_tile_of_its_table(op, arch):
+    for dtype in ("f32", "f16", "bf16"):
+        for size in (1, 7, 14, 55, 112):
+            for channels in (1, 3, 16, 24, 96, 160, 512):
+                for between in (0,) if op in ("separable", "fire_pool", "stem", "head") else (1, 48, 960):
+                    problem = configs.Problem(op, dtype, size, size, channels, 24, 3, (1, 1), (1, 1), between)
+                    assert configs.config(problem, arch) in configs.TABLES[op][arch][configs.kind(problem)]
 
 
 def test_depthwise_tiles_leave_few_lanes_idle():

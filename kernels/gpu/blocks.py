@@ -1,0 +1,121 @@
+"""Whole blocks, each as one kernel, as one kernel per layer, or through cuDNN: whichever `configs.choice` holds fastest. No kernels."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from . import aten, launch
+from . import fire as fires
+from . import fire_pool as fire_pools
+from . import head as heads
+from . import inverted_residual as inverted_residuals
+from . import separable as separables
+from .configs import ATEN, BlockTile, Problem, choice
+from .depthwise import depthwise
+from .fire_expand import fire_expand
+from .global_avg_pool import global_avg_pool
+from .pointwise import pointwise
+from .squeeze_excite import squeeze_excite
+
+_last = threading.local()
+
+
+def chosen(problem: Problem, x: torch.Tensor) -> tuple[BlockTile | None, tuple[Callable, Callable, Callable]]:
+    """(the tile of the one kernel or None, depthwise, pointwise and fire_expand for a block in parts)."""
+    form = choice(problem, launch.arch(x.device))
+    _last.form = "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
+    if form == ATEN:
+        return None, (aten.depthwise, aten.pointwise, aten.fire_expand)
+    return form, (depthwise, pointwise, fire_expand)
+
+
+def last_form() -> str:
+    """How this thread's last block ran: its tile, "in parts" or "through cuDNN"."""
+    return _last.form
+
+
+def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y, channels_last, in the memory format of x."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def separable(
+    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, depthwise_activation, activation, residual
+) -> torch.Tensor:
+    """The arguments of `fastconv.ops.separable`, not checked."""
+    tile, (depthwise, pointwise, _) = chosen(separables.problem(x, depthwise_weight, pointwise_weight, stride, padding), x)
+    if tile:
+        return separables.separable(
+            x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
+            stride, padding, depthwise_activation, activation, residual, tile,
+        )  # fmt: skip
+    y = depthwise(launch.nhwc(x), depthwise_weight, depthwise_bias, stride, padding, depthwise_activation)
+    return _like(pointwise(y, pointwise_weight, pointwise_bias, residual, activation), x)
+
+
+def inverted_residual(
+    x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, squeeze_excite_weights, project_weight, project_bias, residual,
+    stride, padding, expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation,
+) -> torch.Tensor:  # fmt: skip
+    """A MobileNet block as a plan has it: expand_weight may be None; squeeze_excite_weights: [] or [w1, b1, w2, b2]; residual: a tensor."""
+    halves = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias)
+    if squeeze_excite_weights:
+        half = inverted_residuals.problem("expand_depthwise", x, depthwise_weight, depthwise_weight.shape[0], stride, padding)
+        fused = expand_weight is not None and chosen(half, x)[0] is not None
+        y = squeeze_excite(
+            *halves, tuple(squeeze_excite_weights), project_weight, project_bias, residual, stride, padding,
+            expand_activation, depthwise_activation, squeeze_activation, gate_activation, activation, fused,
+        )  # fmt: skip
+        return _like(y, x)
+    if expand_weight is None:
+        return separable(
+            x, depthwise_weight, depthwise_bias, project_weight, project_bias, stride, padding, depthwise_activation, activation, residual
+        )
+    whole = inverted_residuals.problem("inverted_residual", x, depthwise_weight, project_weight.shape[0], stride, padding)
+    tile, (depthwise, pointwise, _) = chosen(whole, x)
+    if tile:
+        return inverted_residuals.inverted_residual(
+            *halves, project_weight, project_bias, residual, stride, padding, expand_activation, depthwise_activation, activation, tile
+        )
+    y = pointwise(launch.nhwc(x), expand_weight, expand_bias, None, expand_activation)
+    y = depthwise(y, depthwise_weight, depthwise_bias, stride, padding, depthwise_activation)
+    return _like(pointwise(y, project_weight, project_bias, residual, activation), x)
+
+
+def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3) -> torch.Tensor:
+    """The arguments of `fastconv.ops.fire`, not checked."""
+    tile, (_, pointwise, fire_expand) = chosen(fires.problem(x, squeeze_weight, weight1x1, weight3x3), x)
+    if tile:
+        return fires.fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, tile)
+    squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
+    return _like(fire_expand(squeezed, weight1x1, bias1x1, weight3x3, bias3x3), x)
+
+
+def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, ceil_mode) -> torch.Tensor:
+    """max_pool(fire(x)): the arguments of `fastconv.ops.fire`, then those of `fastconv.ops.max_pool`; not checked."""
+    size = [_pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
+    squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
+    tile, (_, _, fire_expand) = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
+    if tile:
+        y = fire_pools.fire_pool(squeezed, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, tuple(size), tile)
+    else:
+        y = fire_expand(squeezed, weight1x1, bias1x1, weight3x3, bias3x3)
+        y = F.max_pool2d(y, 3, stride, padding, ceil_mode=ceil_mode)
+    return _like(y, x)
+
+
+def _pooled(extent: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """Windows of 3 along an axis; with ceil_mode the last may end outside, and must begin inside."""
+    out = (extent + 2 * padding - 3 + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return out - 1 if ceil_mode and (out - 1) * stride >= extent + padding else out
+
+
+def head(x, weight, bias, activation) -> torch.Tensor:
+    """global_avg_pool(pointwise(x)), (N, O, 1, 1); not checked."""
+    tile, (_, pointwise, _) = chosen(heads.problem(x, weight), x)
+    if tile:
+        return heads.head(x, weight, bias, activation, tile)
+    return global_avg_pool(pointwise(launch.nhwc(x), weight, bias, None, activation))

@@ -1,0 +1,49 @@
+"""Mean over an image's pixels, or over sums that other kernels left of them: y[n, c] = sum over p of x[n, p, c] / pixels."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+PIXELS, CHANNELS = 16, 64  # of fp32 accumulators: eight a thread
+RUNTIME = ("rows", "pixels", "units", "c_blocks")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def global_avg_pool_kernel(
+    x_ptr, y_ptr, rows, pixels, units, c_blocks,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program: all `rows` of one image by CHANNELS. x: (N, rows, C); y: (N, C)."""
+    C = units * ALIGN
+    pid = tl.program_id(0)
+    c = (pid % c_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    n = (pid // c_blocks).to(tl.int64)
+    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for p0 in range(0, rows, PIXELS):
+        p = p0 + tl.arange(0, PIXELS)
+        mask = (p < rows)[:, None] & (c < C)[None, :]
+        if WIDE:
+            p = p.to(tl.int64)
+        total += tl.load(x_ptr + n * rows * C + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n * C + c, (tl.sum(total, 0) / pixels).to(y_ptr.dtype.element_ty), mask=c < C)
+
+
+def global_avg_pool(x: torch.Tensor, pixels: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x (N, C, H, W), float32, float16 or bfloat16 → (N, C, 1, 1).
+
+    pixels: what to divide the sum by, if not by H * W; dtype: the output's, if not x's. Arguments are not checked.
+    """
+    n, channels, height, width = x.shape
+    y = x.new_empty((n, channels, 1, 1), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    x = launch.nhwc(x)
+    align, c_blocks = launch.alignment(channels), triton.cdiv(channels, CHANNELS)
+    with launch.on(x):
+        global_avg_pool_kernel[(n * c_blocks,)](
+            x, y, height * width, pixels or height * width, channels // align, c_blocks,
+            ALIGN=align, WIDE=x.numel() // n > launch.INT32_MAX, PIXELS=PIXELS, CHANNELS=CHANNELS,
+        )  # fmt: skip
+    return y

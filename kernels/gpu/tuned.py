@@ -1,0 +1,66 @@
+"""Choices that were measured: the tables that `fastconv tune` writes. Pure Python.
+
+kernels/gpu/tables/<arch>.json ships with the package (none does before a device was measured); FASTCONV_TUNED names a file to read instead.
+A table is {"arch": ..., "choices": {key(problem): form}}, a form being [run, lanes, channels, depth, num_warps, depth_in, num_stages] for
+one kernel, null for one per layer, "aten" for cuDNN.
+"""
+
+import functools
+import json
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from .configs import ATEN, BlockTile, Problem
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was fastest: a tile, None for one kernel per layer, or ATEN."""
+
+    form: BlockTile | str | None
+
+
+def key(problem: Problem) -> str:
+    p = problem
+    (rows, columns), (stride_h, stride_w) = p.size, p.stride
+    shape = f"{rows}x{columns} {p.height}x{p.width} {p.in_channels}-{p.between}-{p.out_channels}"
+    return f"{p.op} {p.dtype} {shape} k{p.kernel} s{stride_h}x{stride_w}"
+
+
+def choice(problem: Problem, arch: str) -> Choice | None:
+    """The measured choice for the problem, or None where it was not measured."""
+    choices = _table(arch, os.environ.get("FASTCONV_TUNED"))
+    if key(problem) not in choices:
+        return None
+    row = choices[key(problem)]
+    return Choice(row if row in (None, ATEN) else BlockTile(*row))
+
+
+def row(form: BlockTile | str | None) -> list[int] | str | None:
+    """The choice as a table holds it."""
+    return list(astuple(form)) if isinstance(form, BlockTile) else form
+
+
+@functools.lru_cache
+def _table(arch: str, path: str | None) -> dict[str, list[int] | str | None]:
+    """Raises ValueError for a file that is no table of `arch`."""
+    file = Path(path) if path else Path(__file__).parent / "tables" / f"{arch}.json"
+    if not path and not file.exists():
+        return {}
+    try:
+        table = json.loads(file.read_text())
+        if table["arch"] != arch:
+            return {}
+        choices = table["choices"]
+        fields = len(astuple(BlockTile(1, 1, 1, 1, 1)))
+        bad = [name for name, row in choices.items() if not _is_form(row, fields)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"FASTCONV_TUNED: {file} is no table of tiles ({type(problem).__name__}: {problem})") from problem
+    if bad:
+        raise ValueError(f"FASTCONV_TUNED: {file}: {bad[0]!r} must be null, {ATEN!r} or {fields} ints, got {choices[bad[0]]!r}")
+    return choices
+
+
+def _is_form(row: object, fields: int) -> bool:
+    return row is None or row == ATEN or (type(row) is list and len(row) == fields and all(type(number) is int for number in row))

@@ -1,0 +1,50 @@
+"""What of benchmarks/gpu.py needs no GPU: its arithmetic, its tables, and what it says without one."""
+
+import sys
+
+import pytest
+import torch
+
+from fastconv.benchmarks import gpu
+
+
+def results(**more):
+    rest = {"net": "mobilenet_v1", "layer": "blocks.0.0", "shape": "32-64 112x112 k3 s1", "dtype": "bf16", "batch": 128, "count": 1}
+    rows = [
+        rest | {"op": "separable", "fused_us": 10.0, "parts_us": 20.0, "eager_us": 80.0, "compile_us": 40.0, "floor_us": 5.0},
+        rest | {"op": "separable", "fused_us": 30.0, "parts_us": 10.0, "eager_us": 10.0, "floor_us": 2.5},
+        rest | {"op": "separable", "fused_us": 1.0, "parts_us": 1.0, "eager_us": 900.0, "floor_us": 1.0, "dtype": "fp16"},
+    ]
+    networks = [{"net": "mobilenet_v2", "dtype": "bf16", "batch": 256, "fastconv_us": 1024.0, "eager_us": 4096.0, "error": 1e-3}]
+    made = {"device": "a test", "torch": "2", "triton": "3", "copy_gb_s": 4000.0, "blocks": rows, "layers": [], "networks": networks}
+    return made | {"failures": []} | more
+
+
+def test_targets_stand_beside_what_was_reached():
+    found = {goal["what"].split(":")[0]: goal for goal in gpu.targets(results())}
+    # 4 times the better peer, fused; as fast as the only one, in parts
+    assert found["separable"]["reached"] == pytest.approx(2)
+    assert found["separable"]["of"] == 2
+    assert found["inverted_residual"]["reached"] is None
+    assert found["mobilenet_v2"]["reached"] == pytest.approx(250e3)
+    assert found["mobilenet_v1"]["reached"] is None
+    assert found["depthwise alone"]["reached"] is None
+    assert found.keys() == {*gpu.TARGETS, *gpu.NET_TARGETS, "depthwise alone"}
+
+
+def test_tables():
+    text = gpu.tables(results(failures=["a layer: ValueError: it failed"]))
+    assert "not measured" in text
+    assert "FAILED a layer" in text
+    rows = gpu.block_table(results()).splitlines()
+    assert len(rows) == 4
+    assert rows[1].split()[-5:] == ["10.0", "20.0", "80.0", "40.0", "50%"]
+    assert rows[2].endswith("25%")  # of the faster form, in parts
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out")])
+    assert gpu.main() == 0
+    assert "nothing was run" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,146 @@
+"""fastconv tune and what it writes: the model's table, measured choices, and a machine without a GPU."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastconv.benchmarks import blocks, tuner
+from fastconv.benchmarks.tuner import worth_trying
+from fastconv.cli import main
+from fastconv.kernels.gpu import configs, model, tuned
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture
+def fresh():
+    """Choices are kept for the life of a process; here they change."""
+    configs.choice.cache_clear()
+    configs.config.cache_clear()
+    yield
+    configs.choice.cache_clear()
+    configs.config.cache_clear()
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["tune", *arguments])
+
+
+@no_gpu
+def test_without_a_gpu_it_says_so(tmp_path):
+    result = run("--out", str(tmp_path / "table.json"))
+    assert result.exit_code == 1
+    assert "sees no GPU" in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arch_goes_with_the_model():
+    result = run("--arch", "sm_80")
+    assert result.exit_code == 2
+    assert "--model" in result.output
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_the_models_table(arch):
+    result = run("--model", "--arch", arch)
+    assert result.exit_code == 0, result.output
+    assert "not a measurement" in result.output
+    for row in blocks.modelled(arch):
+        assert row["fused"] == row["floor"] <= row["parts"], row
+        assert row["layer"] in result.output
+        assert (row["tile"] is not None) == (row["fused_us"] <= row["parts_us"]), row
+
+
+def test_bytes_by_hand():
+    """MobileNet V2's features.3: 24 channels in and out at 56 x 56, 144 between, bf16."""
+    (row,) = [row for row in blocks.modelled("sm_90") if (row["net"], row["layer"]) == ("mobilenet_v2", "features.3.conv")]
+    pixels = 56 * 56
+    assert row["floor"] == pixels * (24 + 24) * 2
+    # expand reads 24 and writes 144, depthwise reads and writes 144, project reads 144 and writes 24
+    assert row["parts"] == pixels * (24 + 144 + 144 + 144 + 144 + 24) * 2
+
+
+def test_the_networks_blocks_are_all_there():
+    counts = {}
+    for block in blocks.blocks():
+        key = block.net, block.problem.op
+        counts[key] = counts.get(key, 0) + block.count
+    assert counts["mobilenet_v1", "separable"] == 13
+    assert counts["mobilenet_v2", "inverted_residual"] == 16
+    assert counts["squeezenet1_1", "fire"] == counts["squeezenet1_0", "fire"] == 8
+    assert counts["squeezenet1_1", "fire_pool"] == counts["squeezenet1_0", "fire_pool"] == 2
+    assert counts["mobilenet_v3_large", "expand_depthwise"] + counts["mobilenet_v3_large", "inverted_residual"] == 14
+    assert all((net, "stem") in counts for net in {net for net, _ in counts})
+
+
+def test_more_rows_a_lane_recompute_less():
+    """A lane that marches over four rows computes an expanded value 4.5 times, one row at a time 9 times."""
+    problem = configs.Problem("inverted_residual", "bf16", 56, 56, 24, 24, 3, (1, 1), (1, 1), 144)
+    for run, times in ((1, 9), (4, 4.5)):
+        tile = configs.BlockTile(run, 64, 32, 16, 8, 32)
+        pixels = tile.tiles(56, 56) * 64 * run
+        assert model.work(problem, tile).tensor == pixels * 144 * (times * 32 + 32)  # 24 channels are 32 to a tensor core
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_tiles_worth_trying(arch):
+    for block in blocks.blocks():
+        tiles = worth_trying(block.problem, arch)
+        assert tiles[0] == model.best(block.problem, arch)
+        assert set(tiles) <= set(configs.TABLES[block.problem.op][arch]["half"])
+        assert all(model.resident_warps(block.problem, tile) >= tile.num_warps for tile in tiles)
+
+
+def test_a_measured_choice_goes_before_the_models(tmp_path, monkeypatch, fresh):
+    problem = configs.Problem("separable", "bf16", 14, 14, 32, 64, 3, (1, 1), (1, 1))
+    tile = configs.TABLES["separable"]["sm_90"]["half"][3]
+    assert model.best(problem, "sm_90") != tile
+    for row, wanted in ((tuned.row(tile), tile), (None, None), ("aten", configs.ATEN)):
+        file = tmp_path / f"{type(wanted).__name__}.json"
+        file.write_text(json.dumps({"device": "a test", "arch": "sm_90", "choices": {tuned.key(problem): row}}))
+        monkeypatch.setenv("FASTCONV_TUNED", str(file))
+        configs.choice.cache_clear()
+        assert configs.choice(problem, "sm_90") == wanted
+        assert configs.choice(problem, "sm_80") != tile  # another architecture's table
+    assert configs.config(problem, "sm_90") == model.best(problem, "sm_90")  # a tile even where parts are faster
+
+
+def test_what_it_writes_is_what_fastconv_reads(tmp_path, monkeypatch, fresh):
+    """The command with the measuring replaced: a second run adds to the table, and the choices are then in force."""
+    problems = [configs.Problem("separable", dtype, 14, 14, 32, 64, 3, (1, 1), (1, 1)) for dtype in ("bf16", "f16")]
+    tile = configs.TABLES["separable"]["sm_90"]["half"][-1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    file = tmp_path / "table.json"
+    for problem, choice in zip(problems, (tile, None)):
+
+        def measure(dtype, batch, seconds, say, problem=problem, choice=choice):
+            assert (dtype, batch, seconds) == (problem.dtype, 64, 120)
+            name = tuned.key(problem)
+            rest = {"device": "a test", "arch": "sm_90", "dtype": dtype, "microseconds": {name: {"fused": 1.0, "parts": 2.0}}}
+            return rest | {"choices": {name: tuned.row(choice)}}
+
+        monkeypatch.setattr(tuner, "measure", measure)
+        result = run("--out", str(file), "--dtype", problem.dtype, "--batch", "64", "--minutes", "2")
+        assert result.exit_code == 0, result.output
+        assert f"FASTCONV_TUNED={file}" in result.output.replace("\n", "")
+    monkeypatch.setenv("FASTCONV_TUNED", str(file))
+    configs.choice.cache_clear()
+    assert [configs.choice(problem, "sm_90") for problem in problems] == [tile, None]
+
+
+@pytest.mark.parametrize("text", ["no JSON", "{}", '{"arch": "sm_90", "choices": {"a": [1, 2]}}', '{"arch": "sm_90", "choices": 3}'])
+def test_a_broken_table_is_an_error(text, tmp_path, monkeypatch, fresh):
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    monkeypatch.setenv("FASTCONV_TUNED", str(file))
+    with pytest.raises(ValueError, match=r"FASTCONV_TUNED: .*table\.json"):
+        configs.choice(configs.Problem("head", "bf16", 7, 7, 32, 64), "sm_90")
+
+
+def test_a_missing_table_is_an_error(tmp_path, monkeypatch, fresh):
+    monkeypatch.setenv("FASTCONV_TUNED", str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"FASTCONV_TUNED: .*none\.json"):
+        configs.choice(configs.Problem("head", "bf16", 7, 7, 32, 64), "sm_90")
