@@ -15,11 +15,12 @@ namespace fastconv::FASTCONV_ISA {
 constexpr int DEPTHWISE_TILE = 7;                           // divides 112, 56, 28, 14 and 7
 constexpr int DEPTHWISE_ROWS = REGISTERS == 32 ? 2 : 1;     // 14 sums and 6 taps need more than 16 registers
 
-// ROWS x TILE outputs of one vector of channels. rows: the inputs of the tile's first column, null outside the image. At the image's
-// edge, columns outside [first, last) are skipped, not read. (Every sum takes its taps in the same order in every tile.)
+// ROWS x TILE outputs of one vector of channels. rows + offset: the inputs of the tile's first column; null rows are outside the image. At the
+// image's edge, columns outside [first, last) are skipped, not read. (Every sum takes its taps in the same order in every tile.)
 template <int K, int STRIDE, int ROWS, int TILE, bool EDGE, class Read, class Write>
-FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t x_stride, const float* taps, int64_t channels, const float* bias,
-                                    int64_t first, int64_t last, Activation activation, const Clamp& clamp, Read read, Write write) {
+FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t offset, int64_t x_stride, const float* taps, int64_t channels,
+                                    const float* bias, int64_t first, int64_t last, Activation activation, const Clamp& clamp, Read read,
+                                    Write write) {
   vec sum[ROWS][TILE];
   const vec start = read(bias);
 #pragma GCC unroll 2
@@ -29,8 +30,8 @@ FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t x_stride, 
   // The first and last STRIDE input rows serve one row of outputs, those between both.
 #pragma GCC unroll 8
   for (int i = 0; i < (ROWS - 1) * STRIDE + K; ++i) {
-    const float* x = rows[i];
-    if (!x) continue;
+    if (EDGE && !rows[i]) continue;
+    const float* x = rows[i] + offset;
     vec tap[ROWS][K];
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r)
@@ -61,35 +62,43 @@ FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t x_stride, 
     for (int t = 0; t < TILE; ++t) write(r, t, clamp(sum[r][t]));
 }
 
-// One vector of `lanes` channels from channel c, columns [column, column + TILE) of ROWS output rows.
+// `number` tiles of TILE columns from `column` on, of ROWS output rows and the channels of a range.
 template <int K, int STRIDE, int ROWS, int TILE>
-__attribute__((noinline)) void depthwise_columns(const Depthwise& op, const float* const* rows, int64_t column, int64_t c, int64_t lanes,
+__attribute__((noinline)) void depthwise_columns(const Depthwise& op, const float* const* rows, int64_t column, int64_t number, Range channels,
                                                  float* out) {
-  constexpr int IN_ROWS = (ROWS - 1) * STRIDE + K;
   const Clamp clamp(op.activation);
-  const int64_t left = column * STRIDE - op.pad_w, stride = op.x_strides.pixel, offset = op.x_strides.at(left, 0) + op.x_strides.at(0, c);
-  const float* from[IN_ROWS];
-  for (int i = 0; i < IN_ROWS; ++i) from[i] = rows[i] ? rows[i] + offset : nullptr;
-  float* const to = out + op.out_strides.at(column, c);
-  const bool inside = left >= 0 && left + (TILE - 1) * STRIDE + K <= op.width;
-  const auto tile = [&](auto EDGE, auto read, auto put) FASTCONV_LAMBDA_INLINE {
-    depthwise_tile<K, STRIDE, ROWS, TILE, EDGE>(
-        from, stride, op.taps + c, op.channels, op.bias + c, -left, op.width - left, op.activation, clamp, read,
-        [&](int r, int t, vec y) FASTCONV_LAMBDA_INLINE { put(to + r * op.out_row_stride + t * op.out_strides.pixel, y); });
+  const Strides x_strides = op.x_strides, out_strides = op.out_strides;
+  const int64_t vectors = ceil_div(channels.size(), W);
+  bool complete = true;
+  for (int i = 0; i < (ROWS - 1) * STRIDE + K; ++i) complete = complete && rows[i];
+  const auto one = [&](int64_t column, int64_t c) FASTCONV_LAMBDA_INLINE {
+    const int64_t left = column * STRIDE - op.pad_w, offset = left * x_strides.pixel + x_strides.at(0, c), lanes = channels.end - c;
+    float* const to = out + out_strides.at(column, c);
+    const bool inside = complete && left >= 0 && left + (TILE - 1) * STRIDE + K <= op.width;
+    const auto tile = [&](auto EDGE, auto read, auto put) FASTCONV_LAMBDA_INLINE {
+      depthwise_tile<K, STRIDE, ROWS, TILE, EDGE>(
+          rows, offset, x_strides.pixel, op.taps + c, op.channels, op.bias + c, -left, op.width - left, op.activation, clamp, read,
+          [&](int r, int t, vec y) FASTCONV_LAMBDA_INLINE { put(to + r * op.out_row_stride + t * out_strides.pixel, y); });
+    };
+    const auto whole = [](const float* p) FASTCONV_LAMBDA_INLINE { return load(p); };
+    const auto put_whole = [](float* p, vec y) FASTCONV_LAMBDA_INLINE { store(p, y); };
+    const auto some = [&](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, static_cast<int>(lanes)); };
+    const auto put_some = [&](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, static_cast<int>(lanes)); };
+    if (lanes < W)
+      tile(std::true_type{}, some, put_some);
+    else if (inside)
+      tile(std::false_type{}, whole, put_whole);
+    else
+      tile(std::true_type{}, whole, put_whole);
+    if (in_second_pass(op.activation))
+      for (int r = 0; r < ROWS; ++r)
+        activate_rows(to + r * op.out_row_stride, out_strides, TILE, lanes < W ? lanes : W, op.activation);
   };
-  const auto whole = [](const float* p) FASTCONV_LAMBDA_INLINE { return load(p); };
-  const auto put_whole = [](float* p, vec y) FASTCONV_LAMBDA_INLINE { store(p, y); };
-  const auto some = [&](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, static_cast<int>(lanes)); };
-  const auto put_some = [&](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, static_cast<int>(lanes)); };
-  if (lanes < W)
-    tile(std::true_type{}, some, put_some);
-  else if (inside)
-    tile(std::false_type{}, whole, put_whole);
-  else
-    tile(std::true_type{}, whole, put_whole);
-  if (in_second_pass(op.activation))
-    for (int r = 0; r < ROWS; ++r)
-      activate_rows(to + r * op.out_row_stride, op.out_strides, TILE, lanes < W ? lanes : W, op.activation);
+  // A block's row is one run of memory, and so are a pixel's channels where they are innermost.
+  const bool by_tile = x_strides.innermost();
+  const int64_t outer = by_tile ? number : vectors, inner = by_tile ? vectors : number;
+  for (int64_t i = 0; i < outer; ++i)
+    for (int64_t j = 0; j < inner; ++j) one(column + (by_tile ? i : j) * TILE, channels.begin + (by_tile ? j : i) * W);
 }
 
 // ROWS output rows; out points at the first.
@@ -103,16 +112,13 @@ void depthwise_rows(const Depthwise& op, int64_t oh, Range channels, float* out)
     rows[i] = h < 0 || h >= op.height ? nullptr : op.x + h % op.ring_rows * op.x_row_stride;
   }
   const Pieces pieces(op.out_width, DEPTHWISE_TILE);
-  const auto columns = [&](int64_t c) FASTCONV_LAMBDA_INLINE {
-    const int64_t lanes = channels.end - c;
-    int64_t column = 0;
-    for (int64_t t = 0; t < pieces.longer + pieces.shorter; ++t) {
-      const int64_t size = pieces.size + (t < pieces.longer);
-      with_constant<DEPTHWISE_TILE>(size, [&](auto TILE) { depthwise_columns<K, STRIDE, ROWS, TILE>(op, rows, column, c, lanes, out); });
-      column += size;
-    }
+  const auto run = [&](int64_t size, int64_t column, int64_t number) {
+    if (number > 0)
+      with_constant<DEPTHWISE_TILE>(
+          size, [&](auto TILE) { depthwise_columns<K, STRIDE, ROWS, TILE>(op, rows, column, number, channels, out); });
   };
-  for (int64_t c = channels.begin; c < channels.end; c += W) columns(c);
+  run(pieces.size + 1, 0, pieces.longer);
+  run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);
 }
 
 template <int K, int STRIDE>
