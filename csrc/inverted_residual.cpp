@@ -71,7 +71,8 @@ class BlockStep : public Step {
     auto made = std::make_unique<Rows>();
     const Shape in = before_ ? before_->output(x.shape) : x.shape;
     if (before_) made->before = before_->source(x, in, threads);
-    made->block = block_rows(block(before_ ? Pixels{nullptr, in, 0} : x, made->before.get(), {}, {nullptr, shape, 0}), threads, length() - 1);
+    made->block =
+        block_rows(block(before_ ? Pixels{nullptr, in, 0} : x, made->before.get(), {}, {nullptr, shape, 0}), threads, length() - 1);
     return made;
   }
 

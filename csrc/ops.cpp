@@ -63,7 +63,8 @@ Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residua
   }
   Result result(out.n, out.c, out.h, out.w, x, output);
   in_parallel(step.multiply_adds(in, out), [&](const Parallel& parallel) {
-    step.run({image.data, in, in.c, direct}, channels_last(added ? added->data : nullptr, out), channels_last(result.data(), out), parallel);
+    step.run({image.data, in, in.c, direct}, channels_last(added ? added->data : nullptr, out), channels_last(result.data(), out),
+             parallel);
   });
   return result.done();
 }

@@ -56,8 +56,9 @@ class MaxPoolStep : public Step {
  private:
   void pool(const Pixels& x, const RowSource* source, const Target& out, const Parallel& parallel) const {
     const Shape& in = x.shape;
-    const MaxPool image{x.data,      x.strides,  in.w * x.strides.pixel, in.h,        in.h,        in.w,     in.c,
-                        out.shape.w, stride_[0], stride_[1],             padding_[0], padding_[1], out.data, out.strides};
+    const MaxPool image{
+        x.data,   x.strides,  in.w * x.strides.pixel, in.h, in.h, in.w, in.c, out.shape.w, stride_[0], stride_[1], padding_[0], padding_[1],
+        out.data, out.strides};
     run_max_pool(image, in.n, out.shape.h, source, parallel);
   }
 

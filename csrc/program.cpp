@@ -147,7 +147,7 @@ class Program {
 
   // The sizes of one image's way through the network.
   struct Layout {
-    std::vector<Shape> shapes;   // of the input, then of every step's output
+    std::vector<Shape> shapes;  // of the input, then of every step's output
     int64_t most_floats = 1, multiply_adds = 0;
   };
 

@@ -17,8 +17,8 @@ PyObject* interned(const char* name) {
   return text;
 }
 
-// The C functions behind Tensor._version and Tensor.data_ptr(), for plain tensors and parameters: finding them by name anew took half the time
-// of a check. Null where a torch defines them otherwise; then they are asked for by name.
+// The C functions behind Tensor._version and Tensor.data_ptr(), for plain tensors and parameters: finding them by name anew took half the
+// time of a check. Null where a torch defines them otherwise; then they are asked for by name.
 struct Accessors {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   getter version = nullptr;
@@ -31,7 +31,8 @@ struct Accessors {
     parameter = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("nn").attr("Parameter")).release().ptr());
     const py::object counter = torch.attr("Tensor").attr("_version"), method = torch.attr("Tensor").attr("data_ptr");
     const py::object inherited = torch.attr("nn").attr("Parameter");
-    if (py::object(inherited.attr("_version")).ptr() != counter.ptr() || py::object(inherited.attr("data_ptr")).ptr() != method.ptr()) return;
+    if (py::object(inherited.attr("_version")).ptr() != counter.ptr() || py::object(inherited.attr("data_ptr")).ptr() != method.ptr())
+      return;
     if (Py_IS_TYPE(counter.ptr(), &PyGetSetDescr_Type)) {
       const PyGetSetDef* const definition = reinterpret_cast<PyGetSetDescrObject*>(counter.ptr())->d_getset;
       version = definition->get;
@@ -53,7 +54,7 @@ long long version_of(PyObject* tensor) {
   static PyObject* const name = interned("_version");
   const Accessors& known = Accessors::get();
   const py::object value = py::reinterpret_steal<py::object>(known.version && known.serve(tensor) ? known.version(tensor, known.closure)
-                                                                                                 : PyObject_GetAttr(tensor, name));
+                                                                                                  : PyObject_GetAttr(tensor, name));
   if (!value) throw py::error_already_set();
   return PyLong_AsLongLong(value.ptr());
 }
@@ -61,8 +62,8 @@ long long version_of(PyObject* tensor) {
 unsigned long long address_of(PyObject* tensor) {
   static PyObject* const name = interned("data_ptr");
   const Accessors& known = Accessors::get();
-  const py::object value = py::reinterpret_steal<py::object>(known.data_ptr && known.serve(tensor) ? known.data_ptr(tensor, nullptr)
-                                                                                                  : PyObject_CallMethodNoArgs(tensor, name));
+  const py::object value = py::reinterpret_steal<py::object>(
+      known.data_ptr && known.serve(tensor) ? known.data_ptr(tensor, nullptr) : PyObject_CallMethodNoArgs(tensor, name));
   if (!value) throw py::error_already_set();
   return PyLong_AsUnsignedLongLong(value.ptr());
 }

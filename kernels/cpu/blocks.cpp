@@ -27,8 +27,8 @@ void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
 bool by_channels(int64_t pixels, int64_t channels) { return channels > 4 * pixels; }
 
 // Pieces of an M x N product over `depth`: f(pixels, panels). Pixels share weights, panels share inputs, and neighbouring pieces go to one
-// thread: a share of the pixels, or of the panels. Where that gives too few pieces, or weights too large for L2 would stream once a piece, the
-// other side is split as well.
+// thread: a share of the pixels, or of the panels. Where that gives too few pieces, or weights too large for L2 would stream once a piece,
+// the other side is split as well.
 template <class F>
 void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
   const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
@@ -204,8 +204,8 @@ void average(const float* x, Strides strides, int64_t pixels, int64_t count, int
 
 }  // namespace
 
-void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out, Strides out_strides,
-                         const Parallel& parallel) {
+void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out,
+                         Strides out_strides, const Parallel& parallel) {
   const int64_t blocks = panels_for(channels);
   split(parallel, batch * blocks, pixels * PANEL, [&](Range tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
@@ -269,8 +269,7 @@ struct FireStrip {
   // Both expands of rows whose buffer begins a row before them.
   void expand(const float* buffer, Range rows, float* out) const {
     expand1x1(buffer, rows, {0, panels_for(op.expand1x1.out_channels)}, out);
-    expand3x3(buffer, rows.size(), {0, panels_for(op.expand3x3_channels)},
-              slice3x3(out) + rows.begin * op.width * op.out_strides.pixel);
+    expand3x3(buffer, rows.size(), {0, panels_for(op.expand3x3_channels)}, slice3x3(out) + rows.begin * op.width * op.out_strides.pixel);
   }
 
   // The whole image's, its panels split among the threads: tiles are transformed once.
@@ -421,8 +420,8 @@ struct Block {
 
   // To pixels of `to`, the first of which is the batch's `first_pixel`.
   Pointwise project(const float* x, Strides x_strides, float* to, Strides to_strides, int64_t first_pixel) const {
-    return product(op.project, x, x_strides, to, to_strides,
-                   op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr, op.residual_strides);
+    return product(op.project, x, x_strides, to, to_strides, op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr,
+                   op.residual_strides);
   }
 
   // Whether blocks go depth first, the rows split among so many threads.
@@ -438,7 +437,8 @@ struct Block {
   }
   // Each thread makes the halo of its ring anew: worth it where a thread has 14 rows or more.
   bool in_rings(int64_t count, int64_t threads) const {
-    return !splits_channels(count, threads) && op.expands() && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
+    return !splits_channels(count, threads) && op.expands() && weight_floats() <= L2_WEIGHTS &&
+           (threads == 1 || op.out_height >= 14 * threads);
   }
 
   // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once.
@@ -532,7 +532,8 @@ struct Block {
       for (int64_t row = rows.begin; gate && row < rows.end; ++row) {
         float* sums = row_sums + (n * op.out_height + row) * lanes + range.begin;
         std::fill(sums, sums + range.size(), 0.0f);
-        k.sum_pixels(middle_of(n, range.begin) + row * op.out_width * middle_strides.pixel, middle_strides, op.out_width, range.size(), sums);
+        k.sum_pixels(middle_of(n, range.begin) + row * op.out_width * middle_strides.pixel, middle_strides, op.out_width, range.size(),
+                     sums);
       }
     };
     const auto run_depthwise = [&](Range image_rows, Range range) {
@@ -562,7 +563,8 @@ struct Block {
     const auto project_rows = [&](Range rows) {
       k.pointwise(last, {rows.begin * op.out_width, rows.end * op.out_width}, {0, panels_for(op.project.out_channels)});
     };
-    // Whether a thread goes on to the projection of the rows that it made or scaled: enough of them for even shares, weights that stay in L2.
+    // Whether a thread goes on to the projection of the rows that it made or scaled: enough of them for even shares, weights that stay in
+    // L2.
     const bool by_rows = !by_panels && channels * op.project.out_channels <= L2_WEIGHTS && all_rows.size() >= 7 * threads;
     const auto split_rows = [&](const auto& f) {
       parallel.pieces(all_rows.size(), parallel.number_for(all_rows.size(), 2), [&](Range rows, int64_t) { f(rows); });

@@ -71,7 +71,7 @@ struct InvertedResidual {
   Activation depthwise_activation;
   SqueezeExcite squeeze_excite;  // reduce.panels null: none
   PackedPointwise project;
-  const float* residual;    // or null; of the output's shape
+  const float* residual;  // or null; of the output's shape
   Strides residual_strides;
   bool residual_is_source;  // what the source makes is added; without expand only
   int64_t out_height, out_width;
@@ -93,8 +93,8 @@ void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, co
 void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel);
 // source: makes the rows of image.x, which is null then; or null.
 void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const RowSource* source, const Parallel& parallel);
-void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out, Strides out_strides,
-                         const Parallel& parallel);
+void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out,
+                         Strides out_strides, const Parallel& parallel);
 void run_fire(const Fire& op, const Parallel& parallel);
 void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel);
 

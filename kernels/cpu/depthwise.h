@@ -2,8 +2,8 @@
 // Included per ISA.
 //
 // Two output rows at a time, over blocked images: 56x56x144 at 257 GFLOP/s where one row over innermost channels reaches 114 (Zen 5, 268
-// peak): blocks are contiguous, so the hardware fetches ahead and neighbouring pixels never share a cache set, and four rows of loads serve two
-// of outputs instead of six.
+// peak): blocks are contiguous, so the hardware fetches ahead and neighbouring pixels never share a cache set, and four rows of loads serve
+// two of outputs instead of six.
 #pragma once
 
 #include "kernels/cpu/epilogue.h"
@@ -12,11 +12,11 @@
 
 namespace fastconv::FASTCONV_ISA {
 
-constexpr int DEPTHWISE_TILE = 7;                           // divides 112, 56, 28, 14 and 7
-constexpr int DEPTHWISE_ROWS = REGISTERS == 32 ? 2 : 1;     // 14 sums and 6 taps need more than 16 registers
+constexpr int DEPTHWISE_TILE = 7;                        // divides 112, 56, 28, 14 and 7
+constexpr int DEPTHWISE_ROWS = REGISTERS == 32 ? 2 : 1;  // 14 sums and 6 taps need more than 16 registers
 
-// ROWS x TILE outputs of one vector of channels. rows + offset: the inputs of the tile's first column; null rows are outside the image. At the
-// image's edge, columns outside [first, last) are skipped, not read. (Every sum takes its taps in the same order in every tile.)
+// ROWS x TILE outputs of one vector of channels. rows + offset: the inputs of the tile's first column; null rows are outside the image. At
+// the image's edge, columns outside [first, last) are skipped, not read. (Every sum takes its taps in the same order in every tile.)
 template <int K, int STRIDE, int ROWS, int TILE, bool EDGE, class Read, class Write>
 FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t offset, int64_t x_stride, const float* taps, int64_t channels,
                                     const float* bias, int64_t first, int64_t last, Activation activation, const Clamp& clamp, Read read,
@@ -64,8 +64,8 @@ FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t offset, in
 
 // `number` tiles of TILE columns from `column` on, of ROWS output rows and the channels of a range.
 template <int K, int STRIDE, int ROWS, int TILE>
-__attribute__((noinline)) void depthwise_columns(const Depthwise& op, const float* const* rows, int64_t column, int64_t number, Range channels,
-                                                 float* out) {
+__attribute__((noinline)) void depthwise_columns(const Depthwise& op, const float* const* rows, int64_t column, int64_t number,
+                                                 Range channels, float* out) {
   const Clamp clamp(op.activation);
   const Strides x_strides = op.x_strides, out_strides = op.out_strides;
   const int64_t vectors = ceil_div(channels.size(), W);
@@ -91,8 +91,7 @@ __attribute__((noinline)) void depthwise_columns(const Depthwise& op, const floa
     else
       tile(std::true_type{}, whole, put_whole);
     if (in_second_pass(op.activation))
-      for (int r = 0; r < ROWS; ++r)
-        activate_rows(to + r * op.out_row_stride, out_strides, TILE, lanes < W ? lanes : W, op.activation);
+      for (int r = 0; r < ROWS; ++r) activate_rows(to + r * op.out_row_stride, out_strides, TILE, lanes < W ? lanes : W, op.activation);
   };
   // A block's row is one run of memory, and so are a pixel's channels where they are innermost.
   const bool by_tile = x_strides.innermost();
@@ -114,8 +113,8 @@ void depthwise_rows(const Depthwise& op, int64_t oh, Range channels, float* out)
   const Pieces pieces(op.out_width, DEPTHWISE_TILE);
   const auto run = [&](int64_t size, int64_t column, int64_t number) {
     if (number > 0)
-      with_constant<DEPTHWISE_TILE>(
-          size, [&](auto TILE) { depthwise_columns<K, STRIDE, ROWS, TILE>(op, rows, column, number, channels, out); });
+      with_constant<DEPTHWISE_TILE>(size,
+                                    [&](auto TILE) { depthwise_columns<K, STRIDE, ROWS, TILE>(op, rows, column, number, channels, out); });
   };
   run(pieces.size + 1, 0, pieces.longer);
   run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);

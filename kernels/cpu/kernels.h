@@ -148,7 +148,7 @@ struct Kernels {
   void (*winograd_transform)(const PaddedConv&, Range tile_rows, float* transformed);
   void (*winograd_multiply)(const PaddedConv&, Range tile_rows, Range panels, float* transformed, float* sums);
   int64_t winograd_sums;
-  bool (*all_moderate)(const float* x, int64_t count);                // finite and below 1e30: what Winograd may be given
+  bool (*all_moderate)(const float* x, int64_t count);  // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);

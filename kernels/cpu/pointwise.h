@@ -23,7 +23,8 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     const bool cold = !small || m == pixels.begin;  // weights that this call has not brought into L2 yet
     const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
       Output at = at_column(to, column, columns);
-      if (NV * W % PANEL == 0 && cold && rows > 4) {  // a matrix-vector product is a stream that the hardware fetches: 100 GB/s, 109 without
+      if (NV * W % PANEL == 0 && cold &&
+          rows > 4) {  // a matrix-vector product is a stream that the hardware fetches: 100 GB/s, 109 without
         constexpr int64_t PANELS = NV * W / PANEL;
         const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
         at.ahead = at.panels + PANELS * to.panel_stride;

@@ -20,7 +20,7 @@ inline void max_pool_row(const MaxPool& op, int64_t oh, int64_t c, int64_t lanes
     return maximum(maximum(load_up_to(rows[0] + at, lanes), load_up_to(rows[1] + at, lanes)), load_up_to(rows[2] + at, lanes));
   };
   float* out = op.out + op.out_strides.at(oh * op.out_width, c);
-  vec last{};         // of the window before, its last column
+  vec last{};          // of the window before, its last column
   int64_t known = -1;  // which that is
   for (int64_t ow = 0; ow < op.out_width; ++ow, out += op.out_strides.pixel) {
     const int64_t left = ow * op.stride_w - op.pad_w;

@@ -69,8 +69,8 @@ struct Strided {
   }
 };
 
-// Pixels of a blocked image. One pointer serves all rows, whose places are constants; after 16 inputs it goes on to the next block. (A segment a
-// block would move every sum from register to register between segments.)
+// Pixels of a blocked image. One pointer serves all rows, whose places are constants; after 16 inputs it goes on to the next block. (A
+// segment a block would move every sum from register to register between segments.)
 template <int MR>
 struct Blocked {
   static constexpr bool FETCHES = true;
@@ -142,8 +142,9 @@ struct Output {
   int64_t panel_step = 0, out_step = 0;  // from tile to tile, where the next is not the pixels below
 };
 
-// sum[v] += *x * weight[v], spelled out on x86: with all sums alive gcc issues broadcasts early and spills sums for them, or keeps them in chains
-// that wait for each other (AVX-512, Zen 5, 268 GFLOP/s peak: 56x64->32 231 and 242, 56x96->24 196 and 231, 196x240->80 244 and 260).
+// sum[v] += *x * weight[v], spelled out on x86: with all sums alive gcc issues broadcasts early and spills sums for them, or keeps them in
+// chains that wait for each other (AVX-512, Zen 5, 268 GFLOP/s peak: 56x64->32 231 and 242, 56x96->24 196 and 231, 196x240->80 244 and
+// 260).
 template <int NV, int SUMS>
 FASTCONV_INLINE void multiply_add(vec (&sum)[SUMS], const float* x, const vec (&weight)[NV + 1]) {
 #if defined(FASTCONV_ISA_IS_AVX512) || defined(FASTCONV_ISA_IS_AVX2)
@@ -174,7 +175,7 @@ FASTCONV_INLINE void multiply_add_pair(vec* sum, const float* x, const vec* weig
     vec value;
     asm volatile("vbroadcastsd %2, %1\n\tvfmadd231ps %3, %1, %0"
                  : "+v"(*sum), "=&v"(value)
-                 : "m"(*reinterpret_cast<const float(*)[2]>(x)), "v"(*weight));
+                 : "m"(*reinterpret_cast<const float (*)[2]>(x)), "v"(*weight));
     return;
   }
 #endif

@@ -100,8 +100,8 @@ constexpr int64_t WINOGRAD_SUMS = 36 * WINOGRAD_TILES * WINOGRAD_NV * W;
 constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
 
 // The 36 products of tiles [tiles.begin, tiles.end), which stand in `from` from place `first` on, and their outputs.
-inline void winograd_products(const PaddedConv& op, Range tiles_range, int64_t tiles_w, Range panels, const Transformed& from, int64_t first,
-                              float* sums) {
+inline void winograd_products(const PaddedConv& op, Range tiles_range, int64_t tiles_w, Range panels, const Transformed& from,
+                              int64_t first, float* sums) {
   constexpr int NV = WINOGRAD_NV;
   constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
   const int64_t K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
@@ -115,15 +115,18 @@ inline void winograd_products(const PaddedConv& op, Range tiles_range, int64_t t
       const int64_t count = pieces.size + (piece < pieces.longer);
       with_constant<NV>(ceil_div(columns, W), [&](auto VECTORS) {
         constexpr int MOST = max_rows<VECTORS>() < WINOGRAD_TILES ? max_rows<VECTORS>() : WINOGRAD_TILES;
-        Output to{op.panels + column / PANEL * panel_stride, panel_stride, {no_bias, nullptr, 0, Activation::none}, sums, sums_stride,
+        Output to{op.panels + column / PANEL * panel_stride,
+                  panel_stride,
+                  {no_bias, nullptr, 0, Activation::none},
+                  sums,
+                  sums_stride,
                   VECTORS * W};
         to.panel_step = K * PANEL;
         to.out_step = sums_plane;
         for (int64_t row = 0; row < count; row += MOST) {
           const float* x = from.data + (first + done + row) * PANEL;
-          with_constant<MOST>(count - row < MOST ? count - row : MOST, [&](auto MR) {
-            tiles<MR, VECTORS, false>(Planes<MR>(x, from.block, K, from.plane), 36, to);
-          });
+          with_constant<MOST>(count - row < MOST ? count - row : MOST,
+                              [&](auto MR) { tiles<MR, VECTORS, false>(Planes<MR>(x, from.block, K, from.plane), 36, to); });
           to.out += MOST * sums_stride;
         }
       });
@@ -149,7 +152,8 @@ FASTCONV_INLINE int64_t winograd_rows_at_once(const PaddedConv& op) {
 inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float* scratch) {
   const int64_t tiles_w = ceil_div(op.out_width, 4), at_once = winograd_rows_at_once(op);
   float* const sums = scratch;
-  const Transformed transformed(scratch + WINOGRAD_SUMS, (tile_rows.size() < at_once ? tile_rows.size() : at_once) * tiles_w, op.in_channels);
+  const Transformed transformed(scratch + WINOGRAD_SUMS, (tile_rows.size() < at_once ? tile_rows.size() : at_once) * tiles_w,
+                                op.in_channels);
   for (int64_t row = tile_rows.begin; row < tile_rows.end; row += at_once) {
     const Range rows{row, tile_rows.end - row < at_once ? tile_rows.end : row + at_once};
     transform_tiles(op, rows, tiles_w, transformed, 0);
