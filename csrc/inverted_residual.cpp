@@ -1,6 +1,5 @@
 // inverted_residual, and separable: the same block without its expansion.
 #include "csrc/ops.h"
-#include "kernels/cpu/scratch.h"
 
 namespace fastconv {
 
@@ -85,9 +84,7 @@ class BlockStep : public Step {
       source = before_->source(x, in, parallel.threads());
       call.source = source.get();
     } else {
-      const int64_t pixels = in.n * in.h * in.w;
-      const Target whole{step_scratch[length()].floats(blocked_floats(pixels, in.c)), in, blocked(pixels)};
-      before_->run(x, {}, whole, parallel);
+      const Target whole = run_whole(*before_, x, step_scratch[length()], parallel);
       call.x = whole.data;
       call.x_strides = whole.strides;
       if (call.residual_is_source) call.residual = whole.data, call.residual_strides = whole.strides;

@@ -50,6 +50,14 @@ std::ostream& operator<<(std::ostream& text, const Shape& x) {
   return text << "(" << x.n << ", " << x.c << ", " << x.h << ", " << x.w << ")";
 }
 
+Target run_whole(const Step& step, const Pixels& x, Scratch& scratch, const Parallel& parallel) {
+  const Shape shape = step.output(x.shape);
+  const int64_t pixels = shape.n * shape.h * shape.w;
+  const Target whole{scratch.floats(blocked_floats(pixels, shape.c)), shape, blocked(pixels)};
+  step.run(x, {}, whole, parallel);
+  return whole;
+}
+
 Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residual, Output output) {
   const char* op = step.op();
   check_packed_image(op, x);

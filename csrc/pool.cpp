@@ -1,6 +1,5 @@
 // max_pool (3x3) and global_avg_pool.
 #include "csrc/ops.h"
-#include "kernels/cpu/scratch.h"
 
 namespace fastconv {
 
@@ -47,9 +46,7 @@ class MaxPoolStep : public Step {
       const std::unique_ptr<RowSource> source = before_->source(x, in, parallel.threads());
       return pool({nullptr, in, 0}, source.get(), out, parallel);
     }
-    const int64_t pixels = in.n * in.h * in.w;
-    const Target whole{step_scratch[0].floats(blocked_floats(pixels, in.c)), in, blocked(pixels)};
-    before_->run(x, {}, whole, parallel);
+    const Target whole = run_whole(*before_, x, step_scratch[0], parallel);
     pool({whole.data, in, whole.strides}, nullptr, out, parallel);
   }
 

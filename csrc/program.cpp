@@ -224,6 +224,7 @@ class Program {
   void run_images(const Layout& layout, const float* x, bool nchw, Range images, float* out, Arena& arena, const Parallel& parallel) const {
     const int64_t count = images.size();
     std::vector<Target> made;  // by every step
+    made.reserve(steps_.size());
     std::vector<int64_t> floats(slots_, 0), offsets(slots_, 0);
     for (size_t i = 0; i < steps_.size(); ++i) {
       Shape shape = layout.shapes[i + 1];

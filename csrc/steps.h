@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "csrc/tensor.h"
+#include "kernels/cpu/scratch.h"
 
 namespace fastconv {
 
@@ -51,6 +52,9 @@ class Step {
   virtual void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const = 0;
 };
 using StepPointer = std::unique_ptr<Step>;
+
+// Runs a step whose rows are not to be made on demand: its whole image, blocked, in memory that stays.
+Target run_whole(const Step& step, const Pixels& x, Scratch& scratch, const Parallel& parallel);
 
 // The packed operators' arguments; weights are checked here, once.
 StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation);

@@ -152,7 +152,7 @@ struct Kernels {
   void (*stem)(const Stem&, Range rows, float* scratch);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);
-  // Of channels from a block's first on: sums is what they point at for the first of them.
+  // x points at the first channel of a block, sums and scales at that channel's.
   void (*sum_pixels)(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums);        // adds to sums
   void (*scale_channels)(float* x, Strides strides, int64_t pixels, int64_t channels, const float* scales);  // in place
   // peak.h

@@ -35,9 +35,10 @@ FASTCONV_INLINE void output_transform(const vec (&m)[6], vec (&out)[4]) {
 // Transformed inputs: 36 planes, each a blocked image of `capacity` tiles.
 struct Transformed {
   float* data;
-  int64_t capacity, block, plane;  // tiles, floats between blocks of 16 channels, floats between planes
+  int64_t block, plane;  // floats between blocks of 16 channels, and between planes
   FASTCONV_INLINE Transformed(float* data, int64_t capacity, int64_t channels)
-      : data(data), capacity(capacity), block(capacity * PANEL), plane(panels_for(channels) * block) {}
+      : data(data), block(capacity * PANEL), plane(panels_for(channels) * block) {}
+  FASTCONV_INLINE int64_t floats() const { return 36 * plane; }
 };
 
 // Rows of tiles, to places from `first` on.
@@ -99,12 +100,11 @@ constexpr int WINOGRAD_TILES = max_rows<WINOGRAD_NV>();
 constexpr int64_t WINOGRAD_SUMS = 36 * WINOGRAD_TILES * WINOGRAD_NV * W;
 constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
 
-// The 36 products of tiles [tiles.begin, tiles.end), which stand in `from` from place `first` on, and their outputs.
-inline void winograd_products(const PaddedConv& op, Range tiles_range, int64_t tiles_w, Range panels, const Transformed& from,
-                              int64_t first, float* sums) {
+// The 36 products of a range of tiles, which stand in `from` from place `first` on, and their outputs.
+inline void winograd_products(const PaddedConv& op, Range tiles_range, Range panels, const Transformed& from, int64_t first, float* sums) {
   constexpr int NV = WINOGRAD_NV;
   constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
-  const int64_t K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
+  const int64_t tiles_w = ceil_div(op.out_width, 4), K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
   const Clamp clamp(op.epilogue.activation);
   const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
   const Pieces pieces(tiles_range.size(), WINOGRAD_TILES);
@@ -157,29 +157,28 @@ inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float*
   for (int64_t row = tile_rows.begin; row < tile_rows.end; row += at_once) {
     const Range rows{row, tile_rows.end - row < at_once ? tile_rows.end : row + at_once};
     transform_tiles(op, rows, tiles_w, transformed, 0);
-    winograd_products(op, {rows.begin * tiles_w, rows.end * tiles_w}, tiles_w, panels, transformed, 0, sums);
+    winograd_products(op, {rows.begin * tiles_w, rows.end * tiles_w}, panels, transformed, 0, sums);
   }
 }
 
 inline int64_t winograd_scratch(const PaddedConv& op, int64_t tile_rows) {
   const int64_t at_once = winograd_rows_at_once(op), rows = tile_rows < at_once ? tile_rows : at_once;
-  return WINOGRAD_SUMS + 36 * rows * ceil_div(op.out_width, 4) * panels_for(op.in_channels) * PANEL;
+  return WINOGRAD_SUMS + Transformed(nullptr, rows * ceil_div(op.out_width, 4), op.in_channels).floats();
 }
 
 // The same in two steps, for threads that share the transformed inputs of a whole image: rows of tiles to `transformed`, of
 // winograd_transformed floats; then panels of all tiles' outputs, with a scratch of its own of WINOGRAD_SUMS floats.
-inline int64_t winograd_transformed(const PaddedConv& op) {
-  return 36 * ceil_div(op.out_height, 4) * ceil_div(op.out_width, 4) * panels_for(op.in_channels) * PANEL;
+FASTCONV_INLINE Transformed whole_image(const PaddedConv& op, float* data) {
+  return {data, ceil_div(op.out_height, 4) * ceil_div(op.out_width, 4), op.in_channels};
 }
+inline int64_t winograd_transformed(const PaddedConv& op) { return whole_image(op, nullptr).floats(); }
 inline void winograd_transform(const PaddedConv& op, Range tile_rows, float* transformed) {
   const int64_t tiles_w = ceil_div(op.out_width, 4);
-  transform_tiles(op, tile_rows, tiles_w, {transformed, ceil_div(op.out_height, 4) * tiles_w, op.in_channels}, tile_rows.begin * tiles_w);
+  transform_tiles(op, tile_rows, tiles_w, whole_image(op, transformed), tile_rows.begin * tiles_w);
 }
 inline void winograd_multiply(const PaddedConv& op, Range tile_rows, Range panels, float* transformed, float* sums) {
-  const int64_t tiles_w = ceil_div(op.out_width, 4);
-  const Range tiles_range{tile_rows.begin * tiles_w, tile_rows.end * tiles_w};
-  winograd_products(op, tiles_range, tiles_w, panels, {transformed, ceil_div(op.out_height, 4) * tiles_w, op.in_channels},
-                    tiles_range.begin, sums);
+  const int64_t tiles_w = ceil_div(op.out_width, 4), first = tile_rows.begin * tiles_w;
+  winograd_products(op, {first, tile_rows.end * tiles_w}, panels, whole_image(op, transformed), first, sums);
 }
 
 // Whether every number of a block is finite and far enough from overflow for the transforms.

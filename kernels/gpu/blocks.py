@@ -38,8 +38,7 @@ def last_form() -> str:
 
 def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """y, channels_last, in the memory format of x."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return y.contiguous(memory_format=launch.memory_format(x))
 
 
 def separable(

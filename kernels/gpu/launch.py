@@ -63,10 +63,15 @@ def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """What a result for x has; where both are one order in memory, NCHW."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def outputs(x: torch.Tensor, shape: tuple[int, ...], always_nhwc: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
-    channels_last = always_nhwc or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if always_nhwc else memory_format(x)
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     is_nhwc = result.is_contiguous(memory_format=torch.channels_last)
     filled = result if is_nhwc else torch.empty_like(result, memory_format=torch.channels_last)
