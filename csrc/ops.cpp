@@ -105,6 +105,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("inverted_residual_packed", TORCH_BOX(&fastconv::inverted_residual_packed));
   m.impl("stem_packed", TORCH_BOX(&fastconv::stem_packed));
   m.impl("program_run", TORCH_BOX(&fastconv::program_run));
+  m.impl("training_conv", TORCH_BOX(&fastconv::training_conv));
+  m.impl("training_activated", TORCH_BOX(&fastconv::training_activated));
+  m.impl("training_means", TORCH_BOX(&fastconv::training_means));
+  m.impl("training_gradient_sums", TORCH_BOX(&fastconv::training_gradient_sums));
+  m.impl("training_conv_backward", TORCH_BOX(&fastconv::training_conv_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by

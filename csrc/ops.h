@@ -1,6 +1,8 @@
 // Every operator's CPU implementation, in the order of fastconv/schemas.inc, and the checks they share.
 #pragma once
 
+#include <tuple>
+
 #include "csrc/aten.h"
 #include "csrc/steps.h"
 #include "csrc/tensor.h"
@@ -38,6 +40,21 @@ void program_add(int64_t program, std::string op, std::vector<Tensor> weights, I
                  int64_t residual, int64_t output);
 Tensor program_run(Tensor x, int64_t program);
 void program_free(int64_t program);
+
+// Training (training.cpp).
+std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, OptionalTensor gate, OptionalString input_activation,
+                                         Tensor weight, OptionalTensor bias, OptionalString activation, int64_t norm, OptionalTensor gamma,
+                                         OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var, double momentum,
+                                         double eps, Ints stride, Ints padding);
+Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual);
+Tensor training_means(Tensor y, Tensor norm, OptionalString activation);
+Tensor training_gradient_sums(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm, OptionalString activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm,
+                                                                  OptionalTensor sums, OptionalString activation, Tensor x,
+                                                                  OptionalTensor input_norm, OptionalTensor gate,
+                                                                  OptionalString input_activation, Tensor weight, OptionalTensor residual,
+                                                                  Ints stride, Ints padding, bool needs_input, bool needs_weight,
+                                                                  bool needs_bias);
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+
+from fastconv.nn._training import run_each
 
 
 class Conv2dNormActivation(nn.Sequential):
@@ -40,3 +42,8 @@ class Conv2dNormActivation(nn.Sequential):
             layers.append(activation_layer() if inplace is None else activation_layer(inplace=inplace))
         super().__init__(*layers)
         self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_each(x, self)
+
+    forward.is_chain = True

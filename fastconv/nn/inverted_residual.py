@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastconv.nn._training import run
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.optimize.planned import Planned
@@ -64,4 +65,4 @@ class InvertedResidual(Planned):
         return layer
 
     def _forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+        return run(x, self.conv, residual=self.use_res_connect)

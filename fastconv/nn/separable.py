@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastconv.nn._training import run_each
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
 
@@ -80,6 +81,5 @@ class DepthwiseSeparable(Planned):
         return layer
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.act1(self.bn1(self.conv_dw(x)))
-        y = self.act2(self.bn2(self.conv_pw(y)))
-        return y + x if self.has_skip else y
+        modules = (self.conv_dw, self.bn1, self.act1, self.conv_pw, self.bn2, self.act2)
+        return run_each(x, modules, residual=self.has_skip)
