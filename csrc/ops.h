@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   OptionalTensor input_norm, OptionalTensor gate,
                                                                   OptionalString input_activation, Tensor weight, OptionalTensor residual,
                                                                   Ints stride, Ints padding, bool needs_input, bool needs_weight,
-                                                                  bool needs_bias);
+                                                                  bool needs_bias, OptionalTensor out);
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);

@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   OptionalTensor input_norm, OptionalTensor gate,
                                                                   OptionalString input_activation, Tensor weight, OptionalTensor residual,
                                                                   Ints stride, Ints padding, bool needs_input, bool needs_weight,
-                                                                  bool needs_bias) {
+                                                                  bool needs_bias, OptionalTensor out) {
   const char* op = "training_conv_backward";
   const Geometry g = geometry(op, x, weight, stride, padding);
   check_shape(op, "y", y, g.out);
@@ -320,7 +320,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     added.emplace(*residual);
   }
   const Through::Kind kind = !needs_input || !input_norm ? Through::nothing : gates ? Through::gate : Through::activation;
-  Tensor dx = needs_input ? empty_image(g.in) : nothing();
+  if (out) {
+    check_shape(op, "out", *out, g.in);
+    check(is_channels_last(*out) && needs_input, op, "out must be channels_last, and wanted");
+  }
+  Tensor dx = out ? *out : needs_input ? empty_image(g.in) : nothing();
   Tensor through_sums = kind == Through::nothing ? nothing() : kind == Through::gate ? floats({g.in.n, g.in.c, 1, 1}) : floats({2, g.in.c});
   Tensor dbias = needs_bias ? floats({channels}) : nothing();
   const Tensor no_bias = zeros(g.in.c);
@@ -359,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     if (needs_weight)
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t t = 0; t < taps; ++t) mutable_data(dweight)[c * taps + t] = data(packed)[t * channels + c];
-    return {dx, through_sums, dweight, dbias};
+    return {out ? nothing() : dx, through_sums, dweight, dbias};
   }
 
   const int64_t taps = g.kernel_h * g.kernel_w, depth = taps * g.in.c;
@@ -392,13 +396,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
   });
   if (!needs_weight || g.kind == Geometry::pointwise) {
     const Ints shape{channels, g.in.c, 1, 1};
-    return {dx, through_sums, needs_weight ? torch::stable::view(product, shape) : product, dbias};
+    return {out ? nothing() : dx, through_sums, needs_weight ? torch::stable::view(product, shape) : product, dbias};
   }
   Tensor dweight = floats({channels, g.in.c, g.kernel_h, g.kernel_w});
   for (int64_t n = 0; n < channels; ++n)
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < g.in.c; ++c) mutable_data(dweight)[(n * g.in.c + c) * taps + t] = data(product)[n * depth + t * g.in.c + c];
-  return {dx, through_sums, dweight, dbias};
+  return {out ? nothing() : dx, through_sums, dweight, dbias};
 }
 
 }  // namespace fastconv
