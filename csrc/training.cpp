@@ -96,9 +96,9 @@ int64_t multiply_adds(const Geometry& g) {
   return g.out.n * g.out.image() * g.kernel_h * g.kernel_w * (g.kind == Geometry::depthwise ? 1 : g.in.c);
 }
 
-Windows windows(const Geometry& g, const Tensor& x, const Ints& stride, const Ints& padding) {
-  return {data(x), x.stride(0), x.stride(1),  x.stride(2), x.stride(3), g.in.h,    g.in.w,    g.in.c,
-          g.out.h, g.out.w,     g.kernel_h,   g.kernel_w,  stride[0],   stride[1], padding[0], padding[1]};
+Windows windows(const Geometry& g, const Image& x, const Ints& stride, const Ints& padding) {
+  return {x.data,   g.in.h,     g.in.w,     g.in.c,    g.out.h,   g.out.w,
+          g.kernel_h, g.kernel_w, stride[0], stride[1], padding[0], padding[1]};
 }
 
 // Panels of a dense convolution's weight as a matrix product over its windows, or, `transposed`, of (Cin, Cout) for the input gradient.
@@ -183,9 +183,9 @@ std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, Op
     }
     const Tensor panels = pack_training_panels(weight, false, parallel);
     const PackedPointwise weights{data(panels), data(biases), weight.size(1) * g.kernel_h * g.kernel_w, channels, after};
-    if (g.kind == Geometry::dense)
-      return run_training_product(WindowRows(windows(g, x, stride, padding)), pixels, weights, mutable_data(y), statistics, parallel);
     const Image image(x);
+    if (g.kind == Geometry::dense)
+      return run_training_product(WindowRows(windows(g, image, stride, padding)), pixels, weights, mutable_data(y), statistics, parallel);
     run_training_product(PixelRows(activated_image(image, input_norm, before, gates), g.in.h * g.in.w), pixels, weights, mutable_data(y),
                          statistics, parallel);
   });
@@ -367,17 +367,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
   }
 
   const int64_t taps = g.kernel_h * g.kernel_w, depth = taps * g.in.c;
-  std::optional<Image> image;
-  if (g.kind == Geometry::pointwise) image.emplace(x);
+  const Image image(x);
   Tensor product = needs_weight ? floats({channels, depth}) : nothing();
   in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) {
     const Tensor panels = needs_input ? pack_training_panels(weight, true, parallel) : nothing();
     std::unique_ptr<InputRows> input;
     Activated read{};
     if (g.kind == Geometry::dense) {
-      input = std::make_unique<WindowRows>(windows(g, x, stride, padding));
+      input = std::make_unique<WindowRows>(windows(g, image, stride, padding));
     } else {
-      read = activated_image(*image, input_norm, before, gates);
+      read = activated_image(image, input_norm, before, gates);
       input = std::make_unique<PixelRows>(read, g.in.h * g.in.w);
     }
     run_product_backward({g.out.n,
@@ -403,6 +402,152 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < g.in.c; ++c) mutable_data(dweight)[(n * g.in.c + c) * taps + t] = data(product)[n * depth + t * g.in.c + c];
   return {out ? nothing() : dx, through_sums, dweight, dbias};
+}
+
+namespace {
+
+Tensor pack_training_winograd(const Tensor& weight, const Parallel& parallel) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), floats_a_panel = 36 * inputs * PANEL;
+  Tensor panels = floats({panels_for(outputs), 36 * inputs, PANEL});
+  parallel.split(panels_for(outputs), 1, 1, [&](Range range) {
+    for (int64_t g = range.begin; g < range.end; ++g)
+      pack_winograd_panel(data(weight), outputs, inputs, g, mutable_data(panels) + g * floats_a_panel);
+  });
+  return panels;
+}
+
+// (E, S, 3, 3) as the convolution that takes dy back: (S, E, 3, 3), its taps turned by half.
+Tensor flipped(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const Tensor dense = torch::stable::contiguous(weight);
+  Tensor turned = floats({inputs, outputs, 3, 3});
+  float* to = mutable_data(turned);
+  for (int64_t s = 0; s < inputs; ++s)
+    for (int64_t e = 0; e < outputs; ++e)
+      for (int64_t t = 0; t < 9; ++t) *to++ = data(dense)[(e * inputs + s) * 9 + 8 - t];
+  return turned;
+}
+
+struct FireShapes {
+  Shape in;
+  int64_t squeezed, out1, out3, pixels;
+  FireShapes(const char* op, const Tensor& x, const Tensor& squeeze, const Tensor& weight1x1, const Tensor& weight3x3)
+      : in(shape_like(x)), squeezed(squeeze.size(0)), out1(weight1x1.size(0)), out3(weight3x3.size(0)), pixels(in.n * in.h * in.w) {
+    check_pointwise_weight(op, "squeeze_weight", squeeze, in.c, x);
+    check_pointwise_weight(op, "weight1x1", weight1x1, squeezed, x);
+    check(weight3x3.dim() == 4 && weight3x3.size(1) == squeezed && weight3x3.size(2) == 3 && weight3x3.size(3) == 3, op,
+          "weight3x3 must be (Cout, ", squeezed, ", 3, 3), got ", shape_of{weight3x3});
+    check_floats(op, "weight3x3", weight3x3);
+  }
+  int64_t multiply_adds() const { return pixels * squeezed * (in.c + out1 + 9 * out3); }
+};
+
+}  // namespace
+
+Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
+                     OptionalTensor bias3x3) {
+  const char* op = "training_fire";
+  check_images(op, "x", x);
+  const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
+  check_vector(op, "squeeze_bias", squeeze_bias, f.squeezed);
+  check_vector(op, "bias1x1", bias1x1, f.out1);
+  check_vector(op, "bias3x3", bias3x3, f.out3);
+  const Tensor biases[3] = {bias_or_zeros(squeeze_bias, f.squeezed), bias_or_zeros(bias1x1, f.out1), bias_or_zeros(bias3x3, f.out3)};
+  const Image image(x);
+  const Tensor dense = torch::stable::contiguous(weight3x3);
+  Tensor z = empty_image({f.in.n, f.out1 + f.out3, f.in.h, f.in.w});
+  in_parallel(f.multiply_adds(), [&](const Parallel& parallel) {
+    const Tensor squeeze = pack_training_panels(squeeze_weight, false, parallel), expand = pack_training_panels(weight1x1, false, parallel),
+                 direct = pack_panels(dense), winograd = pack_training_winograd(dense, parallel);
+    run_fire({image.data,
+              f.in.c,
+              f.in.n,
+              f.in.h,
+              f.in.w,
+              {data(squeeze), data(biases[0]), f.in.c, f.squeezed, Activation::relu},
+              {data(expand), data(biases[1]), f.squeezed, f.out1, Activation::relu},
+              data(direct),
+              data(winograd),
+              data(biases[2]),
+              f.out3,
+              mutable_data(z),
+              f.out1 + f.out3},
+             parallel);
+  });
+  return z;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
+                                                                                          Tensor squeeze_weight, OptionalTensor squeeze_bias,
+                                                                                          Tensor weight1x1, Tensor weight3x3,
+                                                                                          bool needs_input) {
+  const char* op = "training_fire_backward";
+  check_images(op, "x", x);
+  const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
+  const int64_t channels = f.out1 + f.out3, image_pixels = f.in.h * f.in.w;
+  const Shape out{f.in.n, channels, f.in.h, f.in.w};
+  check_shape(op, "z", z, out);
+  check_shape(op, "dz", dz, out);
+  check_vector(op, "squeeze_bias", squeeze_bias, f.squeezed);
+  const Image image(x), result(z), arriving(dz);
+  const Tensor bias = bias_or_zeros(squeeze_bias, f.squeezed), zeros = fastconv::zeros(std::max(f.squeezed, f.in.c));
+  Tensor dx = needs_input ? empty_image(f.in) : nothing();
+  Tensor dsqueeze = floats({f.squeezed, f.in.c, 1, 1}), dsqueeze_bias = floats({f.squeezed});
+  Tensor dweight1 = floats({f.out1, f.squeezed, 1, 1}), dbias1 = floats({f.out1});
+  Tensor product3 = floats({f.out3, 9 * f.squeezed}), dbias3 = floats({f.out3}), sums = floats({2, f.squeezed});
+  const Tensor turned = flipped(weight3x3);
+  // The squeezed image, made again, and its gradient.
+  Tensor squeezed = floats({f.pixels, f.squeezed}), dsqueezed = floats({f.pixels, f.squeezed});
+  const auto expand = [&](int64_t first, int64_t count) {
+    Gradient g{};
+    g.dz = arriving.data + first;
+    g.y = result.data + first;
+    g.dz_stride = g.y_stride = channels;
+    g.channels = count;
+    g.activation = Activation::relu;
+    return g;
+  };
+  in_parallel(2 * f.multiply_adds(), [&](const Parallel& parallel) {
+    const Activated plain{image.data, f.in.c, f.in.c, nullptr, nullptr, Activation::none, nullptr};
+    const PixelRows input(plain, image_pixels);
+    const Tensor squeeze_panels = pack_training_panels(squeeze_weight, false, parallel);
+    run_training_product(input, f.pixels, {data(squeeze_panels), data(bias), f.in.c, f.squeezed, Activation::relu}, mutable_data(squeezed),
+                         {nullptr, nullptr}, parallel);
+
+    const Activated middle{data(squeezed), f.squeezed, f.squeezed, nullptr, nullptr, Activation::relu, nullptr};
+    const Through nothing_more{Through::nothing, middle, nullptr, nullptr};
+    const Tensor direct = pack_panels(turned), winograd = pack_training_winograd(turned, parallel);
+    run_window_backward({f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(direct), data(winograd), data(zeros), mutable_data(dsqueezed),
+                         f.squeezed},
+                        parallel);
+    const WindowRows windows({data(squeezed), f.in.h, f.in.w, f.squeezed, f.in.h, f.in.w, 3, 3, 1, 1, 1, 1});
+    run_product_backward({f.in.n, image_pixels, expand(f.out1, f.out3), &windows, mutable_data(product3), mutable_data(dbias3), nullptr,
+                          nullptr, nullptr, nullptr, 9 * f.squeezed, nothing_more},
+                         parallel);
+    const PixelRows middle_rows(middle, image_pixels);
+    const Tensor panels1 = pack_training_panels(weight1x1, true, parallel);
+    run_product_backward({f.in.n, image_pixels, expand(0, f.out1), &middle_rows, mutable_data(dweight1), mutable_data(dbias1), data(panels1),
+                          data(zeros), data(dsqueezed), mutable_data(dsqueezed), f.squeezed,
+                          {Through::activation, middle, nullptr, mutable_data(sums)}},
+                         parallel);
+
+    Gradient g{};
+    g.dz = data(dsqueezed);
+    g.y = data(squeezed);
+    g.dz_stride = g.y_stride = g.channels = f.squeezed;
+    g.activation = Activation::none;
+    const Tensor panels = needs_input ? pack_training_panels(squeeze_weight, true, parallel) : nothing();
+    run_product_backward({f.in.n, image_pixels, g, &input, mutable_data(dsqueeze), nullptr, needs_input ? data(panels) : nullptr, data(zeros),
+                          nullptr, needs_input ? mutable_data(dx) : nullptr, f.in.c, nothing_more},
+                         parallel);
+  });
+  std::memcpy(mutable_data(dsqueeze_bias), data(sums), f.squeezed * sizeof(float));
+  Tensor dweight3 = floats({f.out3, f.squeezed, 3, 3});
+  for (int64_t n = 0; n < f.out3; ++n)
+    for (int64_t t = 0; t < 9; ++t)
+      for (int64_t c = 0; c < f.squeezed; ++c)
+        mutable_data(dweight3)[(n * f.squeezed + c) * 9 + t] = data(product3)[(n * 9 + t) * f.squeezed + c];
+  return {dx, dsqueeze, dsqueeze_bias, dweight1, dbias1, dweight3, dbias3};
 }
 
 }  // namespace fastconv

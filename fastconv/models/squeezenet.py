@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._training import TrainedSequential
 from fastconv.nn.fire import Fire
 from fastconv.optimize.planned import Planned
 
@@ -20,7 +21,7 @@ class SqueezeNet(Planned):
         super().__init__()
         self.num_classes = num_classes
         if version == "1_0":
-            self.features = nn.Sequential(
+            self.features = TrainedSequential(
                 nn.Conv2d(3, 96, kernel_size=7, stride=2),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True),
@@ -36,7 +37,7 @@ class SqueezeNet(Planned):
                 Fire(512, 64, 256, 256),
             )
         elif version == "1_1":
-            self.features = nn.Sequential(
+            self.features = TrainedSequential(
                 nn.Conv2d(3, 64, kernel_size=3, stride=2),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True),
@@ -54,7 +55,7 @@ class SqueezeNet(Planned):
         else:
             raise ValueError(f'SqueezeNet: version must be "1_0" or "1_1", got {version!r}')
         last = nn.Conv2d(512, num_classes, kernel_size=1)
-        self.classifier = nn.Sequential(nn.Dropout(p=dropout), last, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)))
+        self.classifier = TrainedSequential(nn.Dropout(p=dropout), last, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)))
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

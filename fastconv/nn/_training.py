@@ -197,7 +197,7 @@ def _serves(x: Tensor, parts: list[Layer | nn.Module]) -> bool:
         tensors = [tensor for tensor in part.parameters if tensor is not None]
         if norm is not None and norm.running_mean is not None:
             tensors += [norm.running_mean, norm.running_var]
-        if not all(type(t) in (Tensor, nn.Parameter) and t.dtype is torch.float32 and t.is_cpu for t in tensors):
+        if not _are_covered(tensors):
             return False
         channels = conv.out_channels
         height = (height + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
@@ -207,6 +207,10 @@ def _serves(x: Tensor, parts: list[Layer | nn.Module]) -> bool:
         if part.statistics == _BATCH and x.shape[0] * height * width == 1:
             return False
     return True
+
+
+def _are_covered(tensors: Iterable[Tensor]) -> bool:
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
 
 
 # Running.
@@ -393,3 +397,53 @@ class _Chain(torch.autograd.Function):
             through = input_norm is not None and i > 0
             sums = made if through else None
         return (dz if needs_x else None, None, dgate if needs_gate else None, None, dresidual, None, None, *gradients)
+
+
+class TrainedSequential(nn.Sequential):
+    """A Sequential whose runs of convolution, batch norm and activation go through the training kernels, and everything else as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not trains(x):
+            return super().forward(x)
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            end = i + 1
+            if _is_covered_conv(modules[i]):
+                while end < len(modules) and type(modules[end]) in (nn.BatchNorm2d, *_ACTIVATIONS):
+                    end += 1
+            x = run_each(x, modules[i:end])
+            i = end
+        return x
+
+
+def fire(x: Tensor, squeeze: nn.Conv2d, expand1x1: nn.Conv2d, expand3x3: nn.Conv2d, activations: Iterable[nn.Module]) -> Tensor | None:
+    """A fire module's output, or None where the training kernels do not cover it."""
+    convs = (squeeze, expand1x1, expand3x3)
+    if not (trains(x) and all(type(conv) is nn.Conv2d and _bare(conv) for conv in convs)):
+        return None
+    if not all(type(activation) is nn.ReLU and _bare(activation) for activation in activations):
+        return None
+    tensors = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
+    if x.shape[1] != squeeze.in_channels or not _are_covered(tensor for tensor in tensors if tensor is not None):
+        return None
+    return _Fire.apply(x, *tensors)
+
+
+class _Fire(torch.autograd.Function):
+    """Keeps its input and its result; the squeezed image is made again."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        z = torch.ops.fastconv.training_fire(x, *parameters)
+        ctx.save_for_backward(x, z, *parameters)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        x, z, squeeze, squeeze_bias, weight1x1, _, weight3x3, _ = ctx.saved_tensors
+        gradients = torch.ops.fastconv.training_fire_backward(
+            dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, ctx.needs_input_grad[0]
+        )
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))

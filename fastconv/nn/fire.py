@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastconv.nn._training import fire
 from fastconv.nn._twin import describe, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
 
@@ -49,5 +50,9 @@ class Fire(Planned):
         return layer
 
     def _forward(self, x: Tensor) -> Tensor:
+        activations = (self.squeeze_activation, self.expand1x1_activation, self.expand3x3_activation)
+        trained = fire(x, self.squeeze, self.expand1x1, self.expand3x3, activations)
+        if trained is not None:
+            return trained
         x = self.squeeze_activation(self.squeeze(x))
         return torch.cat([self.expand1x1_activation(self.expand1x1(x)), self.expand3x3_activation(self.expand3x3(x))], 1)

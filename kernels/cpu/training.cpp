@@ -124,19 +124,22 @@ const float* PixelRows::in_place(int64_t& stride) const {
 
 void WindowRows::rows(Range pixels, float* to, Strides to_strides) const {
   const Windows& w = windows_;
-  const int64_t depth_ = depth(), image_pixels = w.out_height * w.out_width;
+  const int64_t image_pixels = w.out_height * w.out_width, row = w.kernel_w * w.channels, rest = padded(depth()) - depth();
   for (int64_t p = pixels.begin; p < pixels.end; ++p, to += to_strides.pixel) {
-    const int64_t n = p / image_pixels, oh = p % image_pixels / w.out_width, ow = p % w.out_width;
-    const float* const image = w.x + n * w.image_stride;
-    float* out = to;
-    for (int64_t kh = 0; kh < w.kernel_h; ++kh)
-      for (int64_t kw = 0; kw < w.kernel_w; ++kw, out += w.channels) {
-        const int64_t h = oh * w.stride_h - w.pad_h + kh, x = ow * w.stride_w - w.pad_w + kw;
-        const bool inside = h >= 0 && h < w.height && x >= 0 && x < w.width;
-        const float* const from = image + h * w.row_stride + x * w.pixel_stride;
-        for (int64_t c = 0; c < w.channels; ++c) out[c] = inside ? from[c * w.channel_stride] : 0.0f;
+    const int64_t n = p / image_pixels, h = p % image_pixels / w.out_width * w.stride_h - w.pad_h, x = p % w.out_width * w.stride_w - w.pad_w;
+    const float* const from = w.x + ((n * w.height + h) * w.width + x) * w.channels;
+    const int64_t left = std::clamp<int64_t>(-x, 0, w.kernel_w), right = std::clamp<int64_t>(w.width - x, left, w.kernel_w);
+    for (int64_t kh = 0; kh < w.kernel_h; ++kh) {
+      float* const out = to + kh * row;
+      if (h + kh < 0 || h + kh >= w.height) {
+        std::memset(out, 0, row * sizeof(float));
+        continue;
       }
-    std::memset(out, 0, (padded(depth_) - depth_) * sizeof(float));
+      std::memset(out, 0, left * w.channels * sizeof(float));
+      std::memcpy(out + left * w.channels, from + (kh * w.width + left) * w.channels, (right - left) * w.channels * sizeof(float));
+      std::memset(out + right * w.channels, 0, (w.kernel_w - right) * w.channels * sizeof(float));
+    }
+    std::memset(to + depth(), 0, rest * sizeof(float));
   }
 }
 
@@ -242,6 +245,42 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
     for (int64_t n = 0; n < op.batch; ++n)
       add_sums(through_sums + n * each * inputs, each, inputs, inputs, op.through.sums + n * inputs, Parallel{});
   }
+}
+
+void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  const int64_t channels = op.gradient.channels, image_pixels = op.height * op.width;
+  const int64_t tiles = ceil_div(op.height, 4), row_floats = (ceil_div(op.width, 4) * 4 + 2) * channels;
+  const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / 4 / row_floats, 1, tiles);  // rows of tiles at a time
+  const int64_t pieces = ceil_div(tiles, most);
+  parallel.split(op.batch * pieces, 1, 1, [&](Range range) {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t n = i / pieces;
+      const Range tile_rows{i % pieces * tiles / pieces, (i % pieces + 1) * tiles / pieces};
+      const Range rows{tile_rows.begin * 4, std::min(tile_rows.end * 4, op.height)};
+      const int64_t buffer_rows = tile_rows.size() * 4 + 2;
+      float* const buffer = private_scratch.floats(buffer_rows * row_floats);
+      for (int64_t r = 0; r < buffer_rows; ++r) {
+        const int64_t h = rows.begin - 1 + r;
+        float* const to = buffer + r * row_floats;
+        if (h < 0 || h >= op.height) {
+          std::memset(to, 0, row_floats * sizeof(float));
+          continue;
+        }
+        std::memset(to, 0, channels * sizeof(float));
+        k.gradient(at(op.gradient, n * image_pixels + h * op.width, n), op.width, to + channels, channels);
+        std::memset(to + (op.width + 1) * channels, 0, (row_floats - (op.width + 1) * channels) * sizeof(float));
+      }
+      float* const dx = op.dx + (n * image_pixels + rows.begin * op.width) * op.inputs;
+      PaddedConv conv{buffer, channels, row_floats, channels, op.inputs, rows.size(), op.width, 3, 3, op.panels, {op.zeros}, dx, op.inputs};
+      if (!k.all_moderate(buffer, buffer_rows * row_floats)) {
+        k.padded_conv(conv, {0, rows.size()}, {0, panels_for(op.inputs)});
+        continue;
+      }
+      conv.panels = op.winograd;
+      k.winograd(conv, {0, tile_rows.size()}, {0, panels_for(op.inputs)}, tile_scratch.floats(k.winograd_scratch(conv, tile_rows.size())));
+    }
+  });
 }
 
 namespace {

@@ -39,10 +39,9 @@ class PixelRows : public InputRows {
   int64_t image_pixels_;
 };
 
-// The windows of a dense KxK convolution, taps outside the image as zeros, (tap, channel): for a stem, whose inputs are few.
+// The windows of a dense KxK convolution, taps outside the image as zeros, (tap, channel). Pixels are dense.
 struct Windows {
   const float* x;
-  int64_t image_stride, channel_stride, row_stride, pixel_stride;
   int64_t height, width, channels;
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
@@ -83,6 +82,17 @@ struct ProductBackward {
   Through through;
 };
 void run_product_backward(const ProductBackward& op, const Parallel& parallel);
+
+// The input gradient of a 3x3 convolution with padding 1: a convolution of dy, zeros around it, with the taps flipped.
+struct WindowBackward {
+  int64_t batch, height, width;
+  Gradient gradient;  // of the output
+  const float *panels, *winograd;  // of the flipped weight (inputs, outputs, 3, 3)
+  const float* zeros;              // inputs
+  float* dx;                       // pixels dense
+  int64_t inputs;
+};
+void run_window_backward(const WindowBackward& op, const Parallel& parallel);
 
 // image: as the convolution reads it, gate null; geometry: taps, bias, sizes and out (pixels dense); x and its strides are not used.
 void run_training_depthwise(const Activated& image, const Depthwise& geometry, int64_t batch, int64_t out_height,
