@@ -109,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("training_activated", TORCH_BOX(&fastconv::training_activated));
   m.impl("training_means", TORCH_BOX(&fastconv::training_means));
   m.impl("training_gradient_sums", TORCH_BOX(&fastconv::training_gradient_sums));
+  m.impl("training_max_pool_backward", TORCH_BOX(&fastconv::training_max_pool_backward));
   m.impl("training_fire", TORCH_BOX(&fastconv::training_fire));
   m.impl("training_fire_backward", TORCH_BOX(&fastconv::training_fire_backward));
   m.impl("training_conv_backward", TORCH_BOX(&fastconv::training_conv_backward));

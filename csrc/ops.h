@@ -45,8 +45,8 @@ void program_free(int64_t program);
 std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, OptionalTensor gate, OptionalString input_activation,
                                          Tensor weight, OptionalTensor bias, OptionalString activation, int64_t norm, OptionalTensor gamma,
                                          OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var, double momentum,
-                                         double eps, Ints stride, Ints padding);
-Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual);
+                                         double eps, Ints stride, Ints padding, OptionalTensor out);
+Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual, OptionalTensor out);
 Tensor training_means(Tensor y, Tensor norm, OptionalString activation);
 Tensor training_gradient_sums(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm, OptionalString activation);
 std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm,
@@ -56,11 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   Ints stride, Ints padding, bool needs_input, bool needs_weight,
                                                                   bool needs_bias, OptionalTensor out);
 Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
-                     OptionalTensor bias3x3);
+                     OptionalTensor bias3x3, OptionalTensor out);
+Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
                                                                                           Tensor squeeze_weight, OptionalTensor squeeze_bias,
                                                                                           Tensor weight1x1, Tensor weight3x3,
-                                                                                          bool needs_input);
+                                                                                          bool needs_input, OptionalTensor out);
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "csrc/ops.h"
+#include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack.h"
 
 namespace fastconv {
@@ -63,6 +64,16 @@ Tensor empty_image(const Shape& shape) {
   return Result(shape.n, shape.c, shape.h, shape.w, floats({0}), Output::channels_last).done();
 }
 Tensor nothing() { return floats({0}); }
+
+// Where a result goes: memory that the caller brings, or its own.
+Tensor result_image(const char* op, const OptionalTensor& out, const Shape& shape) {
+  if (!out) return empty_image(shape);
+  check_shape(op, "out", *out, shape);
+  check(is_channels_last(*out), op, "out must be channels_last");
+  return *out;
+}
+// What is not to come back a second time.
+Tensor returned(const OptionalTensor& out, const Tensor& result) { return out ? nothing() : result; }
 
 struct Geometry {
   enum Kind { pointwise, depthwise, dense } kind;
@@ -132,6 +143,18 @@ Tensor pack_training_panels(const Tensor& weight, bool transposed, const Paralle
   return panels;
 }
 
+// (Cout, tap * Cin + c) -> (Cout, Cin, KH, KW).
+Tensor unpack_windows(const Tensor& product, int64_t inputs, int64_t kernel_h, int64_t kernel_w) {
+  const int64_t outputs = product.size(0), taps = kernel_h * kernel_w;
+  Tensor weight = floats({outputs, inputs, kernel_h, kernel_w});
+  const float* const from = data(product);
+  float* to = mutable_data(weight);
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t c = 0; c < inputs; ++c)
+      for (int64_t t = 0; t < taps; ++t) *to++ = from[(n * taps + t) * inputs + c];
+  return weight;
+}
+
 // gamma / sqrt(variance + eps) and so on, and the running statistics as torch moves them on.
 void make_norm(const float* mean, const float* variance, const OptionalTensor& gamma, const OptionalTensor& beta, double eps, Tensor& norm) {
   const int64_t channels = norm.size(1);
@@ -150,7 +173,7 @@ void make_norm(const float* mean, const float* variance, const OptionalTensor& g
 std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, OptionalTensor gate, OptionalString input_activation,
                                          Tensor weight, OptionalTensor bias, OptionalString activation, int64_t norm, OptionalTensor gamma,
                                          OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var, double momentum,
-                                         double eps, Ints stride, Ints padding) {
+                                         double eps, Ints stride, Ints padding, OptionalTensor out) {
   const char* op = "training_conv";
   const Geometry g = geometry(op, x, weight, stride, padding);
   const int64_t channels = g.out.c;
@@ -165,9 +188,9 @@ std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, Op
   const Activation before = parse_activation(op, "input_activation", input_activation), after = parse_activation(op, "activation", activation);
   const OptionalTensor gates = by_image(op, "gate", gate, g.in.n, g.in.c);
   const int64_t pixels = g.out.n * g.out.h * g.out.w;
-  Tensor y = empty_image(g.out);
+  Tensor y = result_image(op, out, g.out);
   Tensor norms = norm == Norm::none ? nothing() : floats({norm_rows, channels});
-  if (g.out.n == 0) return {y, norms};
+  if (g.out.n == 0) return {returned(out, y), norms};
   std::vector<float> moments(norm == Norm::batch ? 2 * channels : 0);
   const Statistics statistics{moments.empty() ? nullptr : moments.data(), moments.empty() ? nullptr : moments.data() + channels};
   const Tensor biases = bias_or_zeros(bias, channels);
@@ -202,10 +225,10 @@ std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, Op
       }
     }
   }
-  return {y, norms};
+  return {returned(out, y), norms};
 }
 
-Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual) {
+Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual, OptionalTensor out) {
   const char* op = "training_activated";
   check_images(op, "y", y);
   const Shape shape = shape_like(y);
@@ -214,13 +237,13 @@ Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, Opti
   const Image image(y);
   std::optional<Image> added;
   if (residual) added.emplace(*residual);
-  Tensor z = empty_image(shape);
+  Tensor z = result_image(op, out, shape);
   const int64_t pixels = shape.n * shape.h * shape.w;
   in_parallel(pixels * shape.c, [&](const Parallel& parallel) {
     run_activated(activated_image(image, norm, parse_activation(op, "activation", activation)), pixels, added ? added->data : nullptr,
                   mutable_data(z), parallel);
   });
-  return z;
+  return returned(out, z);
 }
 
 Tensor training_means(Tensor y, Tensor norm, OptionalString activation) {
@@ -320,11 +343,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     added.emplace(*residual);
   }
   const Through::Kind kind = !needs_input || !input_norm ? Through::nothing : gates ? Through::gate : Through::activation;
-  if (out) {
-    check_shape(op, "out", *out, g.in);
-    check(is_channels_last(*out) && needs_input, op, "out must be channels_last, and wanted");
-  }
-  Tensor dx = out ? *out : needs_input ? empty_image(g.in) : nothing();
+  check(!out || needs_input, op, "out must be None where needs_input is False");
+  Tensor dx = needs_input ? result_image(op, out, g.in) : nothing();
   Tensor through_sums = kind == Through::nothing ? nothing() : kind == Through::gate ? floats({g.in.n, g.in.c, 1, 1}) : floats({2, g.in.c});
   Tensor dbias = needs_bias ? floats({channels}) : nothing();
   const Tensor no_bias = zeros(g.in.c);
@@ -360,10 +380,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                      {kind, input, row(input_norm, mean_row), kind == Through::nothing ? nullptr : mutable_data(through_sums)}};
     in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) { run_depthwise_backward(backward, parallel); });
     Tensor dweight = needs_weight ? floats({channels, 1, g.kernel_h, g.kernel_w}) : nothing();
-    if (needs_weight)
+    if (needs_weight) {
+      const float* const from = data(packed);
+      float* const to = mutable_data(dweight);
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) mutable_data(dweight)[c * taps + t] = data(packed)[t * channels + c];
-    return {out ? nothing() : dx, through_sums, dweight, dbias};
+        for (int64_t t = 0; t < taps; ++t) to[c * taps + t] = from[t * channels + c];
+    }
+    return {returned(out, dx), through_sums, dweight, dbias};
   }
 
   const int64_t taps = g.kernel_h * g.kernel_w, depth = taps * g.in.c;
@@ -395,13 +418,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
   });
   if (!needs_weight || g.kind == Geometry::pointwise) {
     const Ints shape{channels, g.in.c, 1, 1};
-    return {out ? nothing() : dx, through_sums, needs_weight ? torch::stable::view(product, shape) : product, dbias};
+    return {returned(out, dx), through_sums, needs_weight ? torch::stable::view(product, shape) : product, dbias};
   }
-  Tensor dweight = floats({channels, g.in.c, g.kernel_h, g.kernel_w});
-  for (int64_t n = 0; n < channels; ++n)
-    for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < g.in.c; ++c) mutable_data(dweight)[(n * g.in.c + c) * taps + t] = data(product)[n * depth + t * g.in.c + c];
-  return {out ? nothing() : dx, through_sums, dweight, dbias};
+  Tensor dweight = unpack_windows(product, g.in.c, g.kernel_h, g.kernel_w);
+  return {returned(out, dx), through_sums, dweight, dbias};
 }
 
 namespace {
@@ -421,10 +441,11 @@ Tensor flipped(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Tensor dense = torch::stable::contiguous(weight);
   Tensor turned = floats({inputs, outputs, 3, 3});
+  const float* const from = data(dense);
   float* to = mutable_data(turned);
   for (int64_t s = 0; s < inputs; ++s)
     for (int64_t e = 0; e < outputs; ++e)
-      for (int64_t t = 0; t < 9; ++t) *to++ = data(dense)[(e * inputs + s) * 9 + 8 - t];
+      for (int64_t t = 0; t < 9; ++t) *to++ = from[(e * inputs + s) * 9 + 8 - t];
   return turned;
 }
 
@@ -445,7 +466,7 @@ struct FireShapes {
 }  // namespace
 
 Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
-                     OptionalTensor bias3x3) {
+                     OptionalTensor bias3x3, OptionalTensor out) {
   const char* op = "training_fire";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
@@ -455,7 +476,7 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
   const Tensor biases[3] = {bias_or_zeros(squeeze_bias, f.squeezed), bias_or_zeros(bias1x1, f.out1), bias_or_zeros(bias3x3, f.out3)};
   const Image image(x);
   const Tensor dense = torch::stable::contiguous(weight3x3);
-  Tensor z = empty_image({f.in.n, f.out1 + f.out3, f.in.h, f.in.w});
+  Tensor z = result_image(op, out, {f.in.n, f.out1 + f.out3, f.in.h, f.in.w});
   in_parallel(f.multiply_adds(), [&](const Parallel& parallel) {
     const Tensor squeeze = pack_training_panels(squeeze_weight, false, parallel), expand = pack_training_panels(weight1x1, false, parallel),
                  direct = pack_panels(dense), winograd = pack_training_winograd(dense, parallel);
@@ -474,24 +495,25 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
               f.out1 + f.out3},
              parallel);
   });
-  return z;
+  return returned(out, z);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
                                                                                           Tensor squeeze_weight, OptionalTensor squeeze_bias,
                                                                                           Tensor weight1x1, Tensor weight3x3,
-                                                                                          bool needs_input) {
+                                                                                          bool needs_input, OptionalTensor out) {
   const char* op = "training_fire_backward";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
   const int64_t channels = f.out1 + f.out3, image_pixels = f.in.h * f.in.w;
-  const Shape out{f.in.n, channels, f.in.h, f.in.w};
-  check_shape(op, "z", z, out);
-  check_shape(op, "dz", dz, out);
+  const Shape shape{f.in.n, channels, f.in.h, f.in.w};
+  check_shape(op, "z", z, shape);
+  check_shape(op, "dz", dz, shape);
+  check(!out || needs_input, op, "out must be None where needs_input is False");
   check_vector(op, "squeeze_bias", squeeze_bias, f.squeezed);
   const Image image(x), result(z), arriving(dz);
   const Tensor bias = bias_or_zeros(squeeze_bias, f.squeezed), zeros = fastconv::zeros(std::max(f.squeezed, f.in.c));
-  Tensor dx = needs_input ? empty_image(f.in) : nothing();
+  Tensor dx = needs_input ? result_image(op, out, f.in) : nothing();
   Tensor dsqueeze = floats({f.squeezed, f.in.c, 1, 1}), dsqueeze_bias = floats({f.squeezed});
   Tensor dweight1 = floats({f.out1, f.squeezed, 1, 1}), dbias1 = floats({f.out1});
   Tensor product3 = floats({f.out3, 9 * f.squeezed}), dbias3 = floats({f.out3}), sums = floats({2, f.squeezed});
@@ -542,12 +564,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
                          parallel);
   });
   std::memcpy(mutable_data(dsqueeze_bias), data(sums), f.squeezed * sizeof(float));
-  Tensor dweight3 = floats({f.out3, f.squeezed, 3, 3});
-  for (int64_t n = 0; n < f.out3; ++n)
-    for (int64_t t = 0; t < 9; ++t)
-      for (int64_t c = 0; c < f.squeezed; ++c)
-        mutable_data(dweight3)[(n * f.squeezed + c) * 9 + t] = data(product3)[(n * 9 + t) * f.squeezed + c];
-  return {dx, dsqueeze, dsqueeze_bias, dweight1, dbias1, dweight3, dbias3};
+  Tensor dweight3 = unpack_windows(product3, f.squeezed, 3, 3);
+  return {returned(out, dx), dsqueeze, dsqueeze_bias, dweight1, dbias1, dweight3, dbias3};
+}
+
+Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out) {
+  const char* op = "training_max_pool_backward";
+  check_images(op, "x", x);
+  check_images(op, "dz", dz);
+  const Shape in = shape_like(x), pooled = shape_like(dz);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  const auto fits = [](int64_t size, int64_t out_size, int64_t stride, int64_t padding) {  // with or without ceil_mode
+    const int64_t most = (size + 2 * padding - 3 + stride - 1) / stride + 1;
+    return out_size > 0 && out_size <= most && (out_size - 1) * stride < size + padding;
+  };
+  check(pooled.n == in.n && pooled.c == in.c && fits(in.h, pooled.h, stride[0], padding[0]) && fits(in.w, pooled.w, stride[1], padding[1]), op,
+        "dz must be of the pooled image's shape, got ", pooled, " for x ", in);
+  const Image image(x), arriving(dz);
+  Tensor dx = result_image(op, out, in);
+  float* const to = mutable_data(dx);
+  in_parallel(9 * pooled.n * pooled.image(), [&](const Parallel& parallel) {
+    parallel.split(in.n, 1, 1, [&](Range range) {
+      for (int64_t n = range.begin; n < range.end; ++n)
+        kernels().max_pool_gradient({image.data + n * in.image(), arriving.data + n * pooled.image(), in.h, in.w, in.c, pooled.h, pooled.w,
+                                     stride[0], stride[1], padding[0], padding[1], to + n * in.image()});
+    });
+  });
+  return returned(out, dx);
 }
 
 }  // namespace fastconv

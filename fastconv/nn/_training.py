@@ -7,7 +7,6 @@ and what batch norm and activation make of it is made again inside the kernels t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastconv import _extension
+from fastconv.nn._buffers import buffers
 from fastconv.optimize.plan import plain
 
 _ACTIVATIONS = {
@@ -231,6 +231,15 @@ def _run_parts(x: Tensor, parts: list[Layer | nn.Module], residual: bool) -> Ten
     return _Chain.apply(*state, added, tuple(layers), True, *_flat_parameters(layers))
 
 
+def _output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    n, _, *size = x.shape
+    height, width = (
+        (extent + 2 * padding - kernel) // stride + 1
+        for extent, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return n, conv.out_channels, height, width
+
+
 def _flat_parameters(layers: Sequence[Layer]) -> list[Tensor | None]:
     return [parameter for layer in layers for parameter in layer.parameters]
 
@@ -242,37 +251,6 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
         if norm.momentum is None:
             return 1.0 / float(norm.num_batches_tracked)
     return norm.momentum or 0.0
-
-
-class _Buffers:
-    """Memory for gradients that live from one layer's backward to the next: fresh, each costs more in page faults than in arithmetic
-    (MobileNet V2 at batch 16: 178 ms of backward against 122). The largest two wait for the next call."""
-
-    KEPT = 2
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def take(self, shape: torch.Size) -> Tensor:
-        n, c, h, w = shape
-        count = n * c * h * w
-        with self._lock:
-            fitting = [i for i, buffer in enumerate(self._free) if buffer.numel() >= count]
-            buffer = self._free.pop(min(fitting, key=lambda i: self._free[i].numel())) if fitting else None
-        if buffer is None:
-            buffer = torch.empty(count)
-        return buffer[:count].view(n, h, w, c).permute(0, 3, 1, 2)
-
-    def give(self, image: Tensor) -> None:
-        buffer = image._base
-        with self._lock:
-            self._free.append(buffer)
-            self._free.sort(key=Tensor.numel)
-            del self._free[: -self.KEPT]
-
-
-_buffers = _Buffers()
 
 
 class _Chain(torch.autograd.Function):
@@ -289,7 +267,8 @@ class _Chain(torch.autograd.Function):
             weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
             kind, batch_norm = ctx.statistics[i], layer.norm
             tracks = kind == _BATCH and batch_norm.running_mean is not None and batch_norm.training
-            y, made = ops.training_conv(
+            y = buffers.image(_output_shape(images[-1], layer.conv))
+            _, made = ops.training_conv(
                 images[-1],
                 norms[-1],
                 gate if i == 0 else None,
@@ -306,6 +285,7 @@ class _Chain(torch.autograd.Function):
                 batch_norm.eps if batch_norm is not None else 0.0,
                 layer.conv.stride,
                 layer.conv.padding,
+                y,
             )
             images.append(y)
             norms.append(made if kind != _NONE else None)
@@ -317,7 +297,9 @@ class _Chain(torch.autograd.Function):
             return images[-1], norms[-1], means
         if norms[-1] is None:
             return images[-1] if residual is None else images[-1] + residual
-        return ops.training_activated(images[-1], norms[-1], activation, residual)
+        z = buffers.image(images[-1].shape)
+        ops.training_activated(images[-1], norms[-1], activation, residual, z)
+        return z
 
     @staticmethod
     @once_differentiable
@@ -334,11 +316,10 @@ class _Chain(torch.autograd.Function):
         if dmeans is not None:
             pixels = images[-1].shape[2] * images[-1].shape[3]
             add = dmeans / pixels
-        if dz is None:
-            dz = torch.zeros_like(images[-1])
+        dz = torch.zeros_like(images[-1]) if dz is None else dz.contiguous(memory_format=torch.channels_last)
         own = dz if ctx.own and needs_x else None  # x is added to the result: its gradient has two parts
         sums, through = None, False  # whether dz has been through the activation, and its sums
-        dgate, borrowed = None, None
+        dgate = None
         for i in reversed(range(count)):
             layer, kind = ctx.layers[i], ctx.statistics[i]
             weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
@@ -346,23 +327,25 @@ class _Chain(torch.autograd.Function):
             earlier = needs_x or needs_gate or any(needed[: 4 * i])
             activation = None if through else layer.activation
             y, norm = images[i + 1], norms[i + 1]
-            if sums is None and (kind == _BATCH or needs_bias or needs_gamma or needs_beta):
+            depthwise = layer.conv.groups > 1
+            in_product = needs_bias and kind == _NONE and not depthwise  # its gradient comes with the product's
+            if sums is None and (kind == _BATCH or (needs_bias and not in_product) or needs_gamma or needs_beta):
                 sums = ops.training_gradient_sums(dz, add, y, norm, activation)
             if needs_beta:
                 gradients[4 * i + 3] = sums[0].clone()
             if needs_gamma:
                 gradients[4 * i + 2] = sums[1] * norm[3]
-            if needs_bias:
+            if needs_bias and not in_product:
                 gradients[4 * i + 1] = {_NONE: lambda: sums[0].clone(), _BATCH: lambda: torch.zeros_like(bias), _RUNNING: lambda: sums[0] * norm[0]}[
                     kind
                 ]()
-            if not (earlier or needs_weight):
+            if not (earlier or needs_weight or in_product):
                 break
             input_norm = norms[i]
             input_activation = ctx.layers[i - 1].activation if i else ctx.input_activation
             pointwise = layer.conv.kernel_size == (1, 1)
-            out = _buffers.take(images[i].shape) if earlier and i else None
-            dx, made, dweight, _ = ops.training_conv_backward(
+            dx = buffers.image(images[i].shape) if earlier else None
+            _, made, dweight, dbias = ops.training_conv_backward(
                 dz,
                 add,
                 y,
@@ -379,12 +362,11 @@ class _Chain(torch.autograd.Function):
                 layer.conv.padding,
                 earlier,
                 needs_weight,
-                False,
-                out,
+                in_product,
+                dx,
             )
-            if borrowed is not None:
-                _buffers.give(borrowed)
-            borrowed = out
+            if in_product:
+                gradients[4 * i + 1] = dbias
             if needs_weight:
                 gradients[4 * i] = dweight
             if not earlier:
@@ -393,7 +375,7 @@ class _Chain(torch.autograd.Function):
                 dgate = made if gate is not None else None
                 if own is not None and not pointwise:
                     dx = dx + own
-            dz, add = dx if out is None else out, None
+            dz, add = dx, None
             through = input_norm is not None and i > 0
             sums = made if through else None
         return (dz if needs_x else None, None, dgate if needs_gate else None, None, dresidual, None, None, *gradients)
@@ -409,6 +391,10 @@ class TrainedSequential(nn.Sequential):
         i = 0
         while i < len(modules):
             end = i + 1
+            if type(modules[i]) is nn.MaxPool2d and _is_covered_pool(modules[i]):
+                x = _MaxPool.apply(x, _pair(modules[i].stride), _pair(modules[i].padding), modules[i].ceil_mode)
+                i = end
+                continue
             if _is_covered_conv(modules[i]):
                 while end < len(modules) and type(modules[end]) in (nn.BatchNorm2d, *_ACTIVATIONS):
                     end += 1
@@ -435,7 +421,9 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        z = torch.ops.fastconv.training_fire(x, *parameters)
+        n, _, h, w = x.shape
+        z = buffers.image((n, parameters[2].shape[0] + parameters[4].shape[0], h, w))
+        torch.ops.fastconv.training_fire(x, *parameters, z)
         ctx.save_for_backward(x, z, *parameters)
         return z
 
@@ -443,7 +431,36 @@ class _Fire(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dz):
         x, z, squeeze, squeeze_bias, weight1x1, _, weight3x3, _ = ctx.saved_tensors
-        gradients = torch.ops.fastconv.training_fire_backward(
-            dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, ctx.needs_input_grad[0]
+        dx = buffers.image(x.shape) if ctx.needs_input_grad[0] else None
+        _, *gradients = torch.ops.fastconv.training_fire_backward(
+            dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx
         )
+        gradients = (dx, *gradients)
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _is_covered_pool(pool: nn.MaxPool2d) -> bool:
+    small = all(padding <= 1 for padding in _pair(pool.padding))
+    return _pair(pool.kernel_size) == (3, 3) and small and _pair(pool.dilation) == (1, 1) and not pool.return_indices and _bare(pool)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Keeps its input, and finds the maxima again."""
+
+    @staticmethod
+    def forward(ctx, x, stride, padding, ceil_mode):
+        ctx.save_for_backward(x)
+        ctx.stride, ctx.padding = stride, padding
+        return torch.ops.fastconv.max_pool(x, stride, padding, ceil_mode)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        (x,) = ctx.saved_tensors
+        dx = buffers.image(x.shape)
+        torch.ops.fastconv.training_max_pool_backward(dz, x, ctx.stride, ctx.padding, dx)
+        return dx, None, None, None

@@ -337,4 +337,38 @@ inline void depthwise_gradient(const DepthwiseGradient& op, Range out_rows) {
   depthwise_gradient_rows<5>(op, out_rows);
 }
 
+inline void max_pool_gradient(const MaxPoolGradient& op) {
+  const int64_t row = op.width * op.channels;
+  int64_t cleared = 0;  // rows of dx that are ready to be added to
+  for (int64_t oh = 0; oh < op.out_height; ++oh) {
+    const int64_t top = oh * op.stride_h - op.pad_h, h0 = top < 0 ? 0 : top, h1 = top + 3 < op.height ? top + 3 : op.height;
+    if (cleared < h1) std::memset(op.dx + cleared * row, 0, (h1 - cleared) * row * sizeof(float)), cleared = h1;
+    for (int64_t ow = 0; ow < op.out_width; ++ow) {
+      const int64_t left = ow * op.stride_w - op.pad_w, w0 = left < 0 ? 0 : left, w1 = left + 3 < op.width ? left + 3 : op.width;
+      const float* const dy = op.dy + (oh * op.out_width + ow) * op.channels;
+      for (int64_t c = 0; c < op.channels; c += W) {
+        const int64_t lanes = op.channels - c;
+        vec best = splat(-std::numeric_limits<float>::infinity());
+        ivec where{};
+        int32_t tap = 0;
+        for (int64_t h = h0; h < h1; ++h)
+          for (int64_t w = w0; w < w1; ++w, ++tap) {
+            const vec x = load_up_to(op.x + h * row + w * op.channels + c, lanes);
+            const auto better = (x > best) | (x != x);
+            best = better ? x : best;
+            where = better ? ivec{} + tap : where;
+          }
+        const vec d = load_up_to(dy + c, lanes);
+        tap = 0;
+        for (int64_t h = h0; h < h1; ++h)
+          for (int64_t w = w0; w < w1; ++w, ++tap) {
+            float* const to = op.dx + h * row + w * op.channels + c;
+            store_up_to(to, load_up_to(to, lanes) + (where == tap ? d : vec{}), lanes);
+          }
+      }
+    }
+  }
+  if (cleared < op.height) std::memset(op.dx + cleared * row, 0, (op.height - cleared) * row * sizeof(float));
+}
+
 }  // namespace fastconv::FASTCONV_ISA

@@ -66,6 +66,7 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       through_gate,
                       product_gradient,
                       depthwise_gradient,
+                      max_pool_gradient,
                       fma_chains,
                       read_stream,
                       copy_stream};

@@ -178,6 +178,14 @@ struct DepthwiseGradient {
   int64_t sums_stride;
 };
 
+// dx of a 3x3 maximum: dy goes to the first maximum of its window, as in ATen. One image, channels innermost, pixels dense.
+struct MaxPoolGradient {
+  const float *x, *dy;
+  int64_t height, width, channels, out_height, out_width;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+  float* dx;
+};
+
 struct KernelInfo {
   const char* op;
   const char* tile;  // pixels x output channels in registers
@@ -217,6 +225,7 @@ struct Kernels {
   void (*through_gate)(const Activated&, int64_t pixels, float* dz, int64_t dz_stride, float* gate_sums);  // adds dz * z, then dz *= gate
   void (*product_gradient)(const ProductGradient&);
   void (*depthwise_gradient)(const DepthwiseGradient&, Range out_rows);
+  void (*max_pool_gradient)(const MaxPoolGradient&);
   // peak.h
   double (*fma_chains)(int64_t iterations, float* sink);
   void (*read_stream)(const float* x, int64_t count, float* sink);
