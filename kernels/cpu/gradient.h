@@ -1,7 +1,7 @@
 // Training: what lies between the products. Included per ISA.
 //
 // Every loop takes four pixels at a time, so that a channel's constants are loaded once for four vectors of the image: these kernels run at the
-// speed of the memory that feeds them.
+// speed of the memory that feeds them. (Arguments are copied first: a store of floats could change what a reference refers to.)
 #pragma once
 
 #include "kernels/cpu/epilogue.h"
@@ -9,6 +9,9 @@
 #include "kernels/cpu/tile.h"
 
 namespace fastconv::FASTCONV_ISA {
+
+constexpr int64_t AHEAD_PIXELS = 8;
+FASTCONV_INLINE void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 
 template <int N, class F>
 FASTCONV_INLINE void repeat(F f) {
@@ -99,12 +102,14 @@ struct Normalize {
   FASTCONV_INLINE vec operator()(vec y) const { return plain ? y : y * scale + shift; }
 };
 
-inline void activated(const Activated& in, int64_t pixels, float* to, Strides to_strides) {
+inline void activated(const Activated& op, int64_t pixels, float* to, Strides to_strides) {
+  const Activated in = op;
   with_activation(in.scale ? in.activation : Activation::none, [&](auto A) {
     for_pixels(pixels, in.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       const Normalize<WHOLE> normalize(in.scale, in.shift, c, lanes);
       const vec gate = in.gate ? load_lanes<WHOLE>(in.gate + c, lanes) : splat(1.0f);
       repeat<PIXELS>([&](int i) FASTCONV_LAMBDA_INLINE {
+        prefetch(in.y + (p + i + AHEAD_PIXELS) * in.stride + c);
         const vec y = load_lanes<WHOLE>(in.y + (p + i) * in.stride + c, lanes);
         store(to + to_strides.at(p + i, c), value_at<A>(normalize(y)) * gate);
       });
@@ -112,8 +117,9 @@ inline void activated(const Activated& in, int64_t pixels, float* to, Strides to
   });
 }
 
-inline void activated_exactly(const Activated& in, int64_t pixels, const float* residual, int64_t residual_stride, float* to,
+inline void activated_exactly(const Activated& op, int64_t pixels, const float* residual, int64_t residual_stride, float* to,
                               int64_t to_stride) {
+  const Activated in = op;
   with_activation(in.scale ? in.activation : Activation::none, [&](auto A) {
     for_pixels(pixels, in.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       const Normalize<WHOLE> normalize(in.scale, in.shift, c, lanes);
@@ -155,17 +161,20 @@ inline void moments(const float* y, int64_t stride, int64_t pixels, int64_t chan
 
 // dz' of PIXELS pixels, and y: f(i, dz', y).
 template <Activation A, int PIXELS, bool WHOLE, class F>
-FASTCONV_INLINE void activation_gradients(const Gradient& g, int64_t p, int64_t c, int lanes, F f) {
+FASTCONV_INLINE void activation_gradients(const Gradient g, int64_t p, int64_t c, int lanes, F f) {
   const Normalize<WHOLE> normalize(g.scale, g.shift, c, lanes);
   const vec add = g.add ? load_lanes<WHOLE>(g.add + c, lanes) : vec{};
   repeat<PIXELS>([&](int i) FASTCONV_LAMBDA_INLINE {
+    prefetch(g.y + (p + i + AHEAD_PIXELS) * g.y_stride + c);
+    prefetch(g.dz + (p + i + AHEAD_PIXELS) * g.dz_stride + c);
     const vec y = load_lanes<WHOLE>(g.y + (p + i) * g.y_stride + c, lanes);
     const vec dz = load_lanes<WHOLE>(g.dz + (p + i) * g.dz_stride + c, lanes) + add;
     f(i, through_slope<A>(dz, normalize(y)), y);
   });
 }
 
-inline void gradient(const Gradient& g, int64_t pixels, float* to, Strides to_strides) {
+inline void gradient(const Gradient& op, int64_t pixels, float* to, Strides to_strides) {
+  const Gradient g = op;
   with_activation(g.activation, [&](auto A) {
     for_pixels(pixels, g.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       if (g.a) {
@@ -181,7 +190,8 @@ inline void gradient(const Gradient& g, int64_t pixels, float* to, Strides to_st
   });
 }
 
-inline void gradient_sums(const Gradient& g, int64_t pixels, const float* mean, float* sums, float* products) {
+inline void gradient_sums(const Gradient& op, int64_t pixels, const float* mean, float* sums, float* products) {
+  const Gradient g = op;
   with_activation(g.activation, [&](auto A) {
     for_pixels(pixels, g.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       const vec middle = mean ? load_lanes<WHOLE>(mean + c, lanes) : vec{};
@@ -196,8 +206,9 @@ inline void gradient_sums(const Gradient& g, int64_t pixels, const float* mean, 
   });
 }
 
-inline void through_activation(const Activated& in, int64_t pixels, const float* mean, float* dz, int64_t dz_stride, float* sums,
+inline void through_activation(const Activated& op, int64_t pixels, const float* mean, float* dz, int64_t dz_stride, float* sums,
                                float* products) {
+  const Activated in = op;
   with_activation(in.activation, [&](auto A) {
     for_pixels(pixels, in.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       const Normalize<WHOLE> normalize(in.scale, in.shift, c, lanes);
@@ -205,6 +216,7 @@ inline void through_activation(const Activated& in, int64_t pixels, const float*
       vec sum{}, product{};
       repeat<PIXELS>([&](int i) FASTCONV_LAMBDA_INLINE {
         float* const at = dz + (p + i) * dz_stride + c;
+        prefetch(in.y + (p + i + AHEAD_PIXELS) * in.stride + c);
         const vec y = load_lanes<WHOLE>(in.y + (p + i) * in.stride + c, lanes);
         const vec d = through_slope<A>(load_lanes<WHOLE>(at, lanes), normalize(y));
         store_lanes<WHOLE>(at, d, lanes);
@@ -217,7 +229,8 @@ inline void through_activation(const Activated& in, int64_t pixels, const float*
   });
 }
 
-inline void through_gate(const Activated& in, int64_t pixels, float* dz, int64_t dz_stride, float* gate_sums) {
+inline void through_gate(const Activated& op, int64_t pixels, float* dz, int64_t dz_stride, float* gate_sums) {
+  const Activated in = op;
   with_activation(in.activation, [&](auto A) {
     for_pixels(pixels, in.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
       const Normalize<WHOLE> normalize(in.scale, in.shift, c, lanes);
