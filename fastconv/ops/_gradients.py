@@ -38,15 +38,30 @@ SLOPES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {  # ATen's own, 
 
 
 def columns(x: Tensor) -> Tensor:
-    """(N, C, H, W) as a matrix of a pixel a row; a view where channels are innermost."""
+    """(N, C, H, W) as a matrix, a pixel a row: a view where channels are innermost."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def mapped(x: Tensor) -> bool:
+    """Whether x stands for many, under vmap: then it can tell nothing of its memory format."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def innermost(x: Tensor) -> bool:
+    """Whether x's channels are known to lie side by side."""
+    return not mapped(x) and x.stride(1) == 1
+
+
 def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x in a memory format; under vmap, of either kind, which knows none of them, as it is."""
-    functorch = torch._C._functorch
-    mapped = functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
-    return x if mapped else x.contiguous(memory_format=layout)
+    return x if mapped(x) else x.contiguous(memory_format=layout)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, groups: int = 1) -> Tensor:
+    """ATen's gradient of a convolution's input of this height and width."""
+    layout = torch.channels_last if innermost(grad) else torch.contiguous_format
+    shape = (grad.shape[0], groups * weight.shape[1], *size)
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)  # never read: its shape and format count
+    return aten.convolution_backward(grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (True, False, False))[0]
 
 
 def depthwise(x: Tensor, weight: Tensor, stride, padding) -> Tensor:
@@ -99,36 +114,39 @@ class Depthwise(Layer):
 
 
 @dataclass
-class Pointwise(Layer):
+class Dense(Layer):
+    """A convolution across all channels; ATen has the best kernels for its gradients."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def forward(self, x, activation):
+        return ops.stem(x, self.weight, self.bias, self.stride, self.padding, activation)
+
+    def input_gradient(self, grad, size, added):
+        gradient = input_gradient(grad, self.weight, size, self.stride, self.padding)
+        return gradient if added is None else gradient + added
+
+    def weight_gradient(self, grad, x):
+        return torch.nn.grad.conv2d_weight(x, self.weight.shape, grad, self.stride, self.padding)
+
+
+@dataclass
+class Pointwise(Dense):
     residual: Tensor | None = None
 
     def forward(self, x, activation):
         return ops.pointwise(x, self.weight, self.bias, self.residual, activation)
 
     def input_gradient(self, grad, size, added):
-        return ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None)
+        if grad.is_cuda or innermost(grad):
+            return ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None)
+        return super().input_gradient(grad, size, added)  # oneDNN takes NCHW as it is
 
     def weight_gradient(self, grad, x):
-        return (columns(grad).t() @ columns(x))[:, :, None, None]
-
-
-@dataclass
-class Dense(Layer):
-    """A convolution across all channels; ATen has the best kernels for its gradients."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-
-    def forward(self, x, activation):
-        return ops.stem(x, self.weight, self.bias, self.stride, self.padding, activation)
-
-    def input_gradient(self, grad, size, added):
-        shape = (grad.shape[0], self.weight.shape[1], *size)
-        gradient = torch.nn.grad.conv2d_input(shape, self.weight, grad, self.stride, self.padding)
-        return gradient if added is None else gradient + added
-
-    def weight_gradient(self, grad, x):
-        return torch.nn.grad.conv2d_weight(x, self.weight.shape, grad, self.stride, self.padding)
+        if grad.is_cuda:  # in a fixed order, which cuDNN does not promise
+            return (columns(grad).t() @ columns(x))[:, :, None, None]
+        return super().weight_gradient(grad, x)
 
 
 @dataclass
@@ -165,7 +183,7 @@ def _geometry(values: dict) -> dict:
 
 def _expand(v: dict) -> Expand:
     one = Pointwise(("weight1x1", "bias1x1"), v["weight1x1"], v["bias1x1"])
-    return Expand(one, Dense(("weight3x3", "bias3x3"), v["weight3x3"], v["bias3x3"]))
+    return Expand(one, Dense(("weight3x3", "bias3x3"), v["weight3x3"], v["bias3x3"], padding=(1, 1)))
 
 
 # An operator's layers, from its arguments by name.
@@ -187,10 +205,15 @@ CHAINS: dict[str, Callable[[dict], list]] = {
 }
 
 
+def _recomputed(activation: str | None) -> bool:
+    """Whether a chain's last layer has to be computed again for its activation's slope."""
+    return activation is not None and activation not in FROM_OUTPUT
+
+
 def _keep(ctx, values: dict, y: Tensor, layers: list, needed: set[str]) -> None:
     """Saves what the backward needs: parameters always; x and a residual only where a gradient or a slope is computed from them."""
     last = layers[-1].activation
-    again = last is not None and last not in FROM_OUTPUT
+    again = _recomputed(last)
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if len(layers) == 1 and not again and needed.isdisjoint({"weight", "weight1x1", "weight3x3"}):
         del tensors["x"]
@@ -213,6 +236,8 @@ def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.me
         *saved, y = ctx.saved_tensors
         values = ctx.constants | dict(zip(ctx.names, saved, strict=True))
         layers, x = build(values), values["x"]
+        again = len(layers) > 1 or _recomputed(layers[-1].activation)
+        within = torch.channels_last if again else ctx.layout  # what our kernels compute again is as they want it
         needed = {key for key, needs in zip(parameters, ctx.needs_input_grad) if needs}
 
         @functools.cache
@@ -227,26 +252,26 @@ def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.me
         def entering(i: int) -> Tensor:
             """Layer i's input."""
             if i == 0:
-                return x
+                return laid_out(x, within)
             activation = layers[i - 1].activation
             return before(i - 1) if activation in FROM_OUTPUT else ACTIVATIONS[activation](before(i - 1))
 
         added = None
         if values.get("residual") is True:  # inverted_residual's: x itself
-            added = grad = laid_out(grad, ctx.layout)
+            added = grad = laid_out(grad, within)
         found = {}
         for i in reversed(range(len(layers))):
             layer = layers[i]
             if layer.activation is not None:
                 grad = SLOPES[layer.activation](grad, before(i))
-            grad = laid_out(grad, ctx.layout)
+            grad = laid_out(grad, within)
             if i == len(layers) - 1:
                 found["residual"] = grad
             found |= layer.gradients(grad, functools.partial(entering, i), needed)
             if needed <= found.keys():
                 break
             grad = layer.input_gradient(grad, ctx.size, added if i == 0 else None)
-        found.setdefault("x", grad)
+        found.setdefault("x", laid_out(grad, ctx.layout))
         return tuple(found[key] if key in needed else None for key in parameters)
 
     return setup_context, backward
