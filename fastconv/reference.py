@@ -105,3 +105,19 @@ def max_pool(x: Tensor, *, stride: Pair = 2, padding: Pair = 0, ceil_mode: bool 
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over all pixels: (N, C, H, W) -> (N, C, 1, 1)."""
     return x.mean((2, 3), keepdim=True)
+
+
+def depthwise_backward_input(grad: Tensor, weight: Tensor, input_size: Pair, *, stride: Pair, padding: Pair) -> Tensor:
+    """The gradient of depthwise(x, weight), without activation, with respect to an x of height and width `input_size`."""
+    shape = (*grad.shape[:2], *_pair(input_size))
+    return torch.nn.grad.conv2d_input(shape, weight, grad, stride, padding, groups=grad.shape[1])
+
+
+def depthwise_backward_weight(grad: Tensor, x: Tensor, kernel_size: Pair, *, stride: Pair, padding: Pair) -> Tensor:
+    """The gradient of depthwise(x, weight), without activation, with respect to a weight of height and width `kernel_size`."""
+    shape = (x.shape[1], 1, *_pair(kernel_size))
+    return torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, groups=x.shape[1])
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)

@@ -11,7 +11,10 @@ from torch import nn
 
 from fastconv import ops, reference
 
-OPS = ("depthwise", "pointwise", "fire_expand", "fire", "separable", "inverted_residual", "stem", "max_pool", "global_avg_pool")
+OPS = (
+    "depthwise", "pointwise", "fire_expand", "fire", "separable", "inverted_residual", "stem", "max_pool", "global_avg_pool",
+    "depthwise_backward_input", "depthwise_backward_weight",
+)  # fmt: skip
 MODULES = {None: nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid, "silu": nn.SiLU}
 
 

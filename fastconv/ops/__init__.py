@@ -10,6 +10,7 @@ from fastconv.ops import _cuda
 from fastconv.ops import _packed as _packed  # registers the packed operators' fake kernels
 from fastconv.ops._prepared import Prepared
 from fastconv.ops.depthwise import depthwise, prepare_depthwise
+from fastconv.ops.depthwise_backward import depthwise_backward_input, depthwise_backward_weight
 from fastconv.ops.fire import fire, prepare_fire
 from fastconv.ops.fire_expand import fire_expand, prepare_fire_expand
 from fastconv.ops.global_avg_pool import global_avg_pool, prepare_global_avg_pool
@@ -22,6 +23,8 @@ from fastconv.ops.stem import prepare_stem, stem
 __all__ = [
     "Prepared",
     "depthwise",
+    "depthwise_backward_input",
+    "depthwise_backward_weight",
     "fire",
     "fire_expand",
     "global_avg_pool",

@@ -45,24 +45,24 @@ def _tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a dense Tensor, got {'a nested one' if value.is_nested else value.layout}")
 
 
-def image(op: str, x: Tensor) -> Shape:
-    _tensor(op, "x", x)
+def image(op: str, x: Tensor, name: str = "x") -> Shape:
+    _tensor(op, name, x)
     if x.dim() != 4:
-        raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"{op}: {name} must be (N, C, H, W), got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
     if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{op}: x must have channels and pixels, got {tuple(x.shape)}")
+        raise ValueError(f"{op}: {name} must have channels and pixels, got {tuple(x.shape)}")
     return tuple(x.shape)
 
 
-def _like(op: str, name: str, tensor: object, x: Tensor) -> None:
+def _like(op: str, name: str, tensor: object, x: Tensor, first: str = "x") -> None:
     _tensor(op, name, tensor)
     if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} must be on x's device, {x.device}, got {tensor.device}")
+        raise ValueError(f"{op}: {name} must be on {first}'s device, {x.device}, got {tensor.device}")
     # Autocast casts all of them to one dtype, below this check.
     if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{op}: {name} must have x's dtype, {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{op}: {name} must have {first}'s dtype, {x.dtype}, got {tensor.dtype}")
 
 
 def _bias(op: str, name: str, bias: Tensor | None, x: Tensor, channels: int) -> None:
@@ -189,3 +189,28 @@ def max_pool(x, stride, padding, ceil_mode) -> Shape:
 def global_avg_pool(x) -> Shape:
     shape = image("global_avg_pool", x)
     return shape[0], shape[1], 1, 1
+
+
+def _gradient(op: str, grad: Tensor, wanted: Shape) -> None:
+    if tuple(grad.shape) != wanted:
+        raise ValueError(f"{op}: grad must have the output's shape, {tuple(wanted)}, got {tuple(grad.shape)}")
+
+
+def depthwise_backward_input(grad, weight, input_size, stride, padding) -> Shape:
+    op = "depthwise_backward_input"
+    batch, channels = image(op, grad, "grad")[:2]
+    _like(op, "weight", weight, grad, "grad")
+    if weight.dim() != 4 or weight.numel() == 0 or weight.shape[:2] != (channels, 1):
+        raise ValueError(f"{op}: weight must be ({channels}, 1, KH, KW), got {tuple(weight.shape)}")
+    shape = (batch, channels, *input_size)
+    _gradient(op, grad, _window(op, shape, channels, weight.shape[2:], stride, padding))
+    return shape
+
+
+def depthwise_backward_weight(grad, x, kernel_size, stride, padding) -> Shape:
+    op = "depthwise_backward_weight"
+    image(op, grad, "grad")
+    _like(op, "x", x, grad, "grad")
+    shape = image(op, x)
+    _gradient(op, grad, _window(op, shape, shape[1], kernel_size, stride, padding))
+    return shape[1], 1, *kernel_size

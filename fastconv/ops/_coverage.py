@@ -9,10 +9,14 @@ def uncovered(name: str, **arguments) -> str | None:
     for value in arguments.values():
         if isinstance(value, Tensor) and (value.device.type != "cpu" or value.dtype != torch.float32):
             return f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}"
-    weight = arguments["weight"] if name in ("depthwise", "stem") else arguments.get("depthwise_weight")
-    if weight is None:
+    weight = arguments["weight"] if name in ("depthwise", "depthwise_backward_input", "stem") else arguments.get("depthwise_weight")
+    if name == "depthwise_backward_weight":
+        channels, kernel = 1, tuple(arguments["kernel_size"])
+    elif weight is not None:
+        channels, kernel = weight.shape[1], tuple(weight.shape[2:])
+    else:
         return None
-    channels, kernel, stride, padding = weight.shape[1], tuple(weight.shape[2:]), tuple(arguments["stride"]), tuple(arguments["padding"])
+    stride, padding = tuple(arguments["stride"]), tuple(arguments["padding"])
     if name == "stem":
         if channels > 4:
             return f"{channels} input channels"

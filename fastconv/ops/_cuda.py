@@ -37,6 +37,11 @@ def uncovered(x: Tensor, weight: Tensor, stride: tuple[int, int] | None = None, 
     return None
 
 
+def uncovered_kernel(kernel_size: tuple[int, ...]) -> str | None:
+    """Why the kernels of depthwise gradients, whose operators take any size, do not take this one."""
+    return None if tuple(kernel_size) in ((3, 3), (5, 5)) else f"a {kernel_size[0]} x {kernel_size[1]} kernel"
+
+
 def uncovered_stem(weight: Tensor) -> str | None:
     """Why the stem's kernel, which takes pixels one by one, does not take this weight."""
     return f"{weight.shape[1]} input channels" if weight.shape[1] > 4 else None
@@ -53,7 +58,9 @@ def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tens
     if _extension.backend() == "triton":
         raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton does not cover {why}")
     y = getattr(reference, op)(**arguments)
-    x = arguments["x"]
+    if op == "depthwise_backward_weight":
+        return y.contiguous()
+    x = arguments["grad" if op == "depthwise_backward_input" else "x"]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -62,6 +69,20 @@ def depthwise(x, weight, bias=None, stride=(1, 1), padding=(1, 1), activation=No
     arguments = {"x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding, "activation": activation}
     _checks.depthwise(**arguments)
     return _run("depthwise", uncovered(x, weight, stride, padding), **arguments)
+
+
+def depthwise_backward_input(grad, weight, input_size, stride, padding):
+    arguments = {"grad": grad, "weight": weight, "input_size": input_size, "stride": stride, "padding": padding}
+    _checks.depthwise_backward_input(**arguments)
+    why = uncovered_kernel(weight.shape[2:]) or uncovered(grad, weight, stride, padding)
+    return _run("depthwise_backward_input", why, "depthwise_backward", **arguments)
+
+
+def depthwise_backward_weight(grad, x, kernel_size, stride, padding):
+    arguments = {"grad": grad, "x": x, "kernel_size": kernel_size, "stride": stride, "padding": padding}
+    weight = x.new_empty(_checks.depthwise_backward_weight(**arguments), device="meta")
+    why = uncovered_kernel(kernel_size) or uncovered(x, weight, stride, padding)
+    return _run("depthwise_backward_weight", why, "depthwise_backward", **arguments)
 
 
 def pointwise(x, weight, bias=None, residual=None, activation=None):
@@ -123,7 +144,10 @@ def global_avg_pool(x):
     return _run("global_avg_pool", uncovered(x, x[:0]), x=x)
 
 
-KERNELS = (depthwise, pointwise, fire_expand, fire, separable, inverted_residual, stem, global_avg_pool)
+KERNELS = (
+    depthwise, depthwise_backward_input, depthwise_backward_weight, pointwise, fire_expand, fire, separable, inverted_residual, stem,
+    global_avg_pool,
+)  # fmt: skip
 
 
 def register() -> None:

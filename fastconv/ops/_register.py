@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastconv import _extension, reference
-from fastconv.ops import _checks, _coverage, _cuda, _schemas
+from fastconv.ops import _checks, _coverage, _cuda, _gradients, _schemas, _vmap
 
 library = torch.library.Library("fastconv", "FRAGMENT")
 if not _extension.available:
@@ -33,10 +33,13 @@ def has_cpu_kernel(name: str) -> bool:
     return _extension.available and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{name}", "CPU")
 
 
-def register(name: str, composite: Callable[..., Tensor] | None = None, autocast: bool = True) -> Callable[..., Tensor]:
+def register(
+    name: str, composite: Callable[..., Tensor] | None = None, autocast: bool = True, like_input: bool = True
+) -> Callable[..., Tensor]:
     """Registers the Python half of a public operator; returns what the public function calls.
 
     composite: the operator in terms of other fastconv operators, so that each part finds its device's best kernel.
+    like_input: the output has the first argument's memory format; else it is contiguous.
     """
     op = overload(name)
     parameters = [argument.name for argument in op._schema.arguments]
@@ -47,18 +50,22 @@ def register(name: str, composite: Callable[..., Tensor] | None = None, autocast
     def bind(args: tuple) -> dict:
         return defaults | dict(zip(parameters, args, strict=False))  # the dispatcher drops trailing arguments that equal their default
 
+    def layout(x):
+        return memory_format(x) if like_input else torch.contiguous_format
+
     def kernel(*args):
         bound = bind(args)
         output_shape(**bound)
         compute = composite if composite and _extension.backend() != "aten" else specification
-        return compute(**bound).contiguous(memory_format=memory_format(args[0]))
+        return compute(**bound).contiguous(memory_format=layout(args[0]))
 
     def fake(*args):
         x = args[0]
-        return torch.empty(output_shape(**bind(args)), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        return torch.empty(output_shape(**bind(args)), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
     torch.library.register_fake(f"fastconv::{name}", fake, lib=library)
-    _register_autograd(name, lambda args: specification(**bind(args)))
+    _gradients.register(library, name, parameters, memory_format)
+    _vmap.register(library, op, parameters)
     if autocast:
         _register_autocast(op, name, "cpu")
         _register_autocast(op, name, "cuda")
@@ -67,7 +74,7 @@ def register(name: str, composite: Callable[..., Tensor] | None = None, autocast
 
 def _register_kernels(op: torch._ops.OpOverload, name: str, kernel: Callable, bind: Callable[[tuple], dict]) -> Callable[..., Tensor]:
     backend = _extension.backend()
-    if backend == "cpu":
+    if backend == "cpu" and has_cpu_kernel(name):
 
         def refuse(x, *args):
             raise RuntimeError(f"{name}: FASTCONV_BACKEND=cpu does not cover {x.dtype} on {x.device.type}")
@@ -76,7 +83,7 @@ def _register_kernels(op: torch._ops.OpOverload, name: str, kernel: Callable, bi
         return _covered_only(op, name, bind)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
-    if backend == "auto":
+    if backend in ("auto", "cpu"):
         return op
 
     def interpret(*args):
@@ -98,29 +105,6 @@ def _covered_only(op: torch._ops.OpOverload, name: str, bind: Callable[[tuple], 
         return op(*args)
 
     return call
-
-
-def _register_autograd(name: str, specification: Callable[[tuple], Tensor]) -> None:
-    """Differentiates the reference: right for every activation, and differentiable again."""
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
-        ctx.constants = tuple(None if isinstance(value, Tensor) else value for value in inputs)
-
-    def backward(ctx, grad):
-        values = [constant if saved is None else saved for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-
-        def forward(*tensors):
-            args = list(values)
-            for i, tensor in zip(wanted, tensors, strict=True):
-                args[i] = tensor
-            return specification(args)
-
-        gradients = iter(torch.func.vjp(forward, *(values[i] for i in wanted))[1](grad))
-        return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
-
-    torch.library.register_autograd(f"fastconv::{name}", backward, setup_context=setup_context, lib=library)
 
 
 def _register_autocast(op: torch._ops.OpOverload, name: str, device_type: str) -> None:

@@ -64,6 +64,16 @@ class DepthwiseTile:
 
 
 @dataclass(frozen=True)
+class WeightTile:
+    """pixels by channels of a depthwise weight's gradient, at tap_rows rows of the kernel's taps."""
+
+    pixels: int
+    channels: int
+    tap_rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class MatmulTile:
     """pixels by channels outputs, accumulated in steps of depth input channels, with num_stages steps in flight."""
 
@@ -101,6 +111,21 @@ DEPTHWISE = {
     "half": (DepthwiseTile(8, 8, 64, 4), DepthwiseTile(8, 16, 32, 4), DepthwiseTile(16, 16, 16, 4)),
     "f32": (DepthwiseTile(8, 8, 32, 4), DepthwiseTile(8, 16, 16, 4)),
     "narrow": (DepthwiseTile(8, 8, 16, 4),),
+}
+
+# Widest first, by the kernel's size. A thread keeps a float of every tap for each of its channels and pixels: 72 for a 3x3, 40 or 80 for
+# a row of a 5x5, whose five rows together would need 200.
+DEPTHWISE_WEIGHT = {
+    3: {
+        "half": (WeightTile(16, 64, 3, 4), WeightTile(32, 32, 3, 4), WeightTile(64, 16, 3, 4)),
+        "f32": (WeightTile(32, 32, 3, 4), WeightTile(64, 16, 3, 4)),
+        "narrow": (WeightTile(32, 16, 3, 4),),
+    },
+    5: {
+        "half": (WeightTile(32, 64, 1, 4), WeightTile(64, 32, 1, 4), WeightTile(128, 16, 1, 4)),
+        "f32": (WeightTile(32, 32, 1, 4), WeightTile(64, 16, 1, 4)),
+        "narrow": (WeightTile(32, 16, 1, 4),),
+    },
 }
 
 # Narrowest first, and shallow before deep: the first that holds the layer is taken. "small" serves images of at most
@@ -311,7 +336,7 @@ def kind(problem: Problem) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile | BlockTile:
+def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTile | BlockTile:
     """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
     if problem.op in BLOCKS:
         from . import model
@@ -320,8 +345,9 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | MatmulTile | BlockTil
         return form if isinstance(form, BlockTile) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
-    if problem.op == "depthwise":
-        return _depthwise(DEPTHWISE["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
+    if problem.op in ("depthwise", "depthwise_backward_weight"):
+        tiles = DEPTHWISE if problem.op == "depthwise" else DEPTHWISE_WEIGHT[problem.kernel]
+        return _depthwise(tiles["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if problem.half else problem.dtype
     if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
@@ -343,7 +369,7 @@ def choice(problem: Problem, arch: str) -> BlockTile | str | None:
     return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
 
 
-def _depthwise(tiles: tuple[DepthwiseTile, ...], channels: int) -> DepthwiseTile:
+def _depthwise(tiles: tuple[DepthwiseTile | WeightTile, ...], channels: int) -> DepthwiseTile | WeightTile:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))

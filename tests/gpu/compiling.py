@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fastconv.kernels.gpu import configs
 
-FILES = {"expand_depthwise": "inverted_residual"}  # operations that share another's file
+GRADIENTS = ("depthwise_backward_input", "depthwise_backward_weight", "depthwise_backward_sum")
+FILES = {"expand_depthwise": "inverted_residual"} | dict.fromkeys(GRADIENTS, "depthwise_backward")  # operations in another's file
 BLOCK_DTYPES = {"half": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "bf16")}
 POINTER = {"f32": "*fp32", "tf32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "f16", "bf16")}
@@ -30,6 +31,9 @@ def jobs() -> list[dict]:
             for dtype in DTYPES[kind]:
                 # K = 3 is the same code with fewer taps, stride 1 with another multiplier
                 found += [_depthwise(arch, dtype, tile) for tile in tiles]
+        found += [job for dtype in ("bf16", "f32") for job in _gradients(arch, dtype)]
+        found += [_input_gradient(arch, "f16", configs.DEPTHWISE["half"][0])]  # bf16's code with another instruction
+        found += [_weight_gradient(arch, "f16", kernel, tables["half"][0]) for kernel, tables in configs.DEPTHWISE_WEIGHT.items()]
         for op, table in (("pointwise", configs.POINTWISE), ("fire_expand", configs.FIRE_EXPAND)):
             for kind, tiles in table[arch].items():
                 found += [_matmul(op, arch, dtype, tile) for dtype in DTYPES[kind] for tile in tiles]
@@ -64,6 +68,39 @@ def _depthwise(arch: str, dtype: str, tile, align: int = 8, wide: bool = False) 
     constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
     options = {"num_warps": tile.num_warps, "num_stages": 3}  # num_stages: triton's default, of no effect without a dot
     return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+
+
+def _gradients(arch: str, dtype: str) -> list[dict]:
+    """Those of depthwise: every tile at stride 2 (at stride 1 the input's is the forward kernel), and the variants with one."""
+    kind = "f32" if dtype == "f32" else "half"
+    found = [_input_gradient(arch, dtype, tile) for tile in configs.DEPTHWISE[kind]]
+    found += [_input_gradient(arch, dtype, tile, align=1) for tile in configs.DEPTHWISE["narrow"]]
+    found += [_input_gradient(arch, dtype, configs.DEPTHWISE[kind][0], stride=stride) for stride in ((1, 2), (2, 1))]
+    for kernel, tables in configs.DEPTHWISE_WEIGHT.items():
+        found += [_weight_gradient(arch, dtype, kernel, tile) for tile in tables[kind]]
+        found += [_weight_gradient(arch, dtype, kernel, tile, align=1) for tile in tables["narrow"]]
+    if dtype == "bf16":
+        found.append(_input_gradient(arch, dtype, configs.DEPTHWISE["half"][0], wide=True))
+        found.append(_weight_gradient(arch, dtype, 3, configs.DEPTHWISE_WEIGHT[3]["half"][0], wide=True))
+    for align in (8, 1):
+        constants = {"TAPS": 25, "ALIGN": align, "SPLITS": 32, "CHANNELS": 32}
+        options = {"num_warps": 4, "num_stages": 3}
+        found.append({"op": "depthwise_backward_sum", "arch": arch, "dtype": dtype, "constants": constants, "options": options})
+    return found
+
+
+def _input_gradient(arch: str, dtype: str, tile, align: int = 8, wide: bool = False, stride: tuple[int, int] = (2, 2)) -> dict:
+    constants = {"K": 5, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "ALIGN": align, "WIDE": wide}
+    constants |= {"ROWS": tile.rows // 2, "COLS": tile.cols // 2, "CHANNELS": tile.channels}
+    options = {"num_warps": tile.num_warps, "num_stages": 3}
+    return {"op": "depthwise_backward_input", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+
+
+def _weight_gradient(arch: str, dtype: str, kernel: int, tile, align: int = 8, wide: bool = False) -> dict:
+    constants = {"K": kernel, "STRIDE_H": 2, "STRIDE_W": 2, "ALIGN": align, "WIDE": wide}
+    constants |= {"TAP_ROWS": tile.tap_rows, "PIXELS": tile.pixels, "CHANNELS": tile.channels}
+    options = {"num_warps": tile.num_warps, "num_stages": 3}
+    return {"op": "depthwise_backward_weight", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
 
 
 def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wide: bool = False) -> list[dict]:

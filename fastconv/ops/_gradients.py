@@ -1,0 +1,359 @@
+"""The gradients of the public operators.
+
+All but the pools are chains of convolutions with activations. A backward walks its chain from the end. What a layer gave in the forward
+pass is computed again by the operators themselves, so that between the passes only inputs stay in memory, and an output where its
+activation's slope follows from it. Everything here has gradients itself: a backward has a backward, to any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv.reference import ACTIVATIONS
+
+aten, ops = torch.ops.aten, torch.ops.fastconv
+FROM_OUTPUT = ("relu", "relu6")  # activations whose slope their output tells; the others' follows from what went in
+
+
+def _silu_slope(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, x)  # which has no derivative
+    sigmoid = torch.sigmoid(x)
+    return grad * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+SLOPES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {  # ATen's own, so that kinks and NaN are as there
+    "relu": lambda grad, y: aten.threshold_backward(grad, y, 0),
+    "relu6": lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6),
+    "hardswish": aten.hardswish_backward,
+    "hardsigmoid": aten.hardsigmoid_backward,
+    "silu": _silu_slope,
+}
+
+
+def columns(x: Tensor) -> Tensor:
+    """(N, C, H, W) as a matrix, a pixel a row: a view where channels are innermost."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether x stands for many, under vmap: then it can tell nothing of its memory format."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def innermost(x: Tensor) -> bool:
+    """Whether x's channels are known to lie side by side."""
+    return not mapped(x) and x.stride(1) == 1
+
+
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x if mapped(x) else x.contiguous(memory_format=layout)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, groups: int = 1) -> Tensor:
+    """ATen's gradient of a convolution's input of this height and width."""
+    layout = torch.channels_last if innermost(grad) else torch.contiguous_format
+    shape = (grad.shape[0], groups * weight.shape[1], *size)
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)  # never read: its shape and format count
+    return aten.convolution_backward(grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (True, False, False))[0]
+
+
+def depthwise(x: Tensor, weight: Tensor, stride, padding) -> Tensor:
+    """For a kernel of any size."""
+    if tuple(weight.shape[2:]) in ((3, 3), (5, 5)):
+        return ops.depthwise(x, weight, None, stride, padding, None)
+    return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
+
+
+@dataclass
+class Layer:
+    """activation(conv(x) + bias). names: of the weight and the bias in the operator's schema."""
+
+    names: tuple[str, str]
+    weight: Tensor
+    bias: Tensor | None
+    activation: str | None = None
+
+    def forward(self, x: Tensor, activation: str | None) -> Tensor:
+        raise NotImplementedError
+
+    def input_gradient(self, grad: Tensor, size: torch.Size, added: Tensor | None) -> Tensor:
+        """The gradient of x, an image of this height and width, plus `added`. grad: that of conv(x) + bias."""
+        raise NotImplementedError
+
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gradients(self, grad: Tensor, x: Callable[[], Tensor], needed: set[str]) -> dict[str, Tensor]:
+        """Those of the parameters that are needed."""
+        weight, bias = self.names
+        found = {weight: self.weight_gradient(grad, x())} if weight in needed else {}
+        return found | ({bias: grad.sum((0, 2, 3))} if bias in needed else {})
+
+
+@dataclass
+class Depthwise(Layer):
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+
+    def forward(self, x, activation):
+        return ops.depthwise(x, self.weight, self.bias, self.stride, self.padding, activation)
+
+    def input_gradient(self, grad, size, added):
+        gradient = ops.depthwise_backward_input(grad, self.weight, size, self.stride, self.padding)
+        return gradient if added is None else gradient + added
+
+    def weight_gradient(self, grad, x):
+        return ops.depthwise_backward_weight(grad, x, self.weight.shape[2:], self.stride, self.padding)
+
+
+@dataclass
+class Dense(Layer):
+    """A convolution across all channels; ATen has the best kernels for its gradients."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def forward(self, x, activation):
+        return ops.stem(x, self.weight, self.bias, self.stride, self.padding, activation)
+
+    def input_gradient(self, grad, size, added):
+        gradient = input_gradient(grad, self.weight, size, self.stride, self.padding)
+        return gradient if added is None else gradient + added
+
+    def weight_gradient(self, grad, x):
+        return torch.nn.grad.conv2d_weight(x, self.weight.shape, grad, self.stride, self.padding)
+
+
+@dataclass
+class Pointwise(Dense):
+    residual: Tensor | None = None
+
+    def forward(self, x, activation):
+        return ops.pointwise(x, self.weight, self.bias, self.residual, activation)
+
+    def input_gradient(self, grad, size, added):
+        if grad.is_cuda or innermost(grad):
+            return ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None)
+        return super().input_gradient(grad, size, added)  # oneDNN takes NCHW as it is
+
+    def weight_gradient(self, grad, x):
+        if grad.is_cuda:  # in a fixed order, which cuDNN does not promise
+            return (columns(grad).t() @ columns(x))[:, :, None, None]
+        return super().weight_gradient(grad, x)
+
+
+@dataclass
+class Expand:
+    """The two convolutions of one image whose outputs a fire concatenates."""
+
+    one: Pointwise
+    three: Dense
+    activation: str = "relu"
+
+    def forward(self, x, activation):
+        raise AssertionError("always a chain's last, with relu: nothing needs it again")
+
+    def split(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad.split([self.one.weight.shape[0], self.three.weight.shape[0]], 1)
+
+    def input_gradient(self, grad, size, added):
+        one, three = self.split(grad)
+        return self.one.input_gradient(one, size, self.three.input_gradient(three, size, added))
+
+    def gradients(self, grad, x, needed):
+        one, three = self.split(grad)
+        return self.one.gradients(one, x, needed) | self.three.gradients(three, x, needed)
+
+
+def _layer(kind: type[Layer], values: dict, prefix: str = "", **more) -> Layer:
+    names = f"{prefix}weight", f"{prefix}bias"
+    return kind(names, values[names[0]], values[names[1]], **more)
+
+
+def _geometry(values: dict) -> dict:
+    return {"stride": values["stride"], "padding": values["padding"]}
+
+
+def _expand(v: dict) -> Expand:
+    one = Pointwise(("weight1x1", "bias1x1"), v["weight1x1"], v["bias1x1"])
+    return Expand(one, Dense(("weight3x3", "bias3x3"), v["weight3x3"], v["bias3x3"], padding=(1, 1)))
+
+
+# An operator's layers, from its arguments by name.
+CHAINS: dict[str, Callable[[dict], list]] = {
+    "depthwise": lambda v: [_layer(Depthwise, v, activation=v["activation"], **_geometry(v))],
+    "pointwise": lambda v: [_layer(Pointwise, v, activation=v["activation"], residual=v["residual"])],
+    "fire_expand": lambda v: [_expand(v)],
+    "fire": lambda v: [_layer(Pointwise, v, "squeeze_", activation="relu"), _expand(v)],
+    "separable": lambda v: [
+        _layer(Depthwise, v, "depthwise_", activation=v["depthwise_activation"], **_geometry(v)),
+        _layer(Pointwise, v, "pointwise_", activation=v["activation"], residual=v["residual"]),
+    ],
+    "inverted_residual": lambda v: [
+        _layer(Pointwise, v, "expand_", activation=v["activation"]),
+        _layer(Depthwise, v, "depthwise_", activation=v["activation"], **_geometry(v)),
+        _layer(Pointwise, v, "project_"),
+    ],
+    "stem": lambda v: [_layer(Dense, v, activation=v["activation"], **_geometry(v))],
+}
+
+
+def _recomputed(activation: str | None) -> bool:
+    """Whether a chain's last layer has to be computed again for its activation's slope."""
+    return activation is not None and activation not in FROM_OUTPUT
+
+
+def _keep(ctx, values: dict, y: Tensor, layers: list, needed: set[str]) -> None:
+    """Saves what the backward needs: parameters always; x and a residual only where a gradient or a slope is computed from them."""
+    last = layers[-1].activation
+    again = _recomputed(last)
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if len(layers) == 1 and not again and needed.isdisjoint({"weight", "weight1x1", "weight3x3"}):
+        del tensors["x"]
+    if not again:
+        tensors.pop("residual", None)
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values(), y if last in FROM_OUTPUT else None)
+
+
+def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.memory_format]) -> tuple[Callable, Callable]:
+    build = CHAINS[name]
+
+    def setup_context(ctx, inputs, output):
+        values = dict(zip(parameters, inputs, strict=True))
+        ctx.constants = {key: None if isinstance(value, Tensor) else value for key, value in values.items()}
+        ctx.size, ctx.layout = inputs[0].shape[2:], layout(inputs[0])
+        _keep(ctx, values, output, build(values), {key for key, needs in zip(parameters, ctx.needs_input_grad) if needs})
+
+    def backward(ctx, grad):
+        *saved, y = ctx.saved_tensors
+        values = ctx.constants | dict(zip(ctx.names, saved, strict=True))
+        layers, x = build(values), values["x"]
+        again = len(layers) > 1 or _recomputed(layers[-1].activation)
+        within = torch.channels_last if again else ctx.layout  # what our kernels compute again is as they want it
+        needed = {key for key, needs in zip(parameters, ctx.needs_input_grad) if needs}
+
+        @functools.cache
+        def before(i: int) -> Tensor:
+            """What the slope of layer i's activation follows from."""
+            layer = layers[i]
+            if i == len(layers) - 1 and layer.activation in FROM_OUTPUT:
+                return y
+            return layer.forward(entering(i), layer.activation if layer.activation in FROM_OUTPUT else None)
+
+        @functools.cache
+        def entering(i: int) -> Tensor:
+            """Layer i's input."""
+            if i == 0:
+                return laid_out(x, within)
+            activation = layers[i - 1].activation
+            return before(i - 1) if activation in FROM_OUTPUT else ACTIVATIONS[activation](before(i - 1))
+
+        added = None
+        if values.get("residual") is True:  # inverted_residual's: x itself
+            added = grad = laid_out(grad, within)
+        found = {}
+        for i in reversed(range(len(layers))):
+            layer = layers[i]
+            if layer.activation is not None:
+                grad = SLOPES[layer.activation](grad, before(i))
+            grad = laid_out(grad, within)
+            if i == len(layers) - 1:
+                found["residual"] = grad
+            found |= layer.gradients(grad, functools.partial(entering, i), needed)
+            if needed <= found.keys():
+                break
+            grad = layer.input_gradient(grad, ctx.size, added if i == 0 else None)
+        found.setdefault("x", laid_out(grad, ctx.layout))
+        return tuple(found[key] if key in needed else None for key in parameters)
+
+    return setup_context, backward
+
+
+def _depthwise_backward_input() -> tuple[Callable, Callable]:
+    def setup_context(ctx, inputs, output):
+        grad, weight, _, *ctx.geometry = inputs
+        grads, weights, *_ = ctx.needs_input_grad
+        ctx.kernel_size = weight.shape[2:]
+        ctx.save_for_backward(grad if weights else None, weight if grads else None)
+
+    def backward(ctx, gradient):  # of the result, an image of x's size
+        grad, weight = ctx.saved_tensors
+        grads, weights, *_ = ctx.needs_input_grad
+        to_grad = depthwise(gradient, weight, *ctx.geometry) if grads else None
+        to_weight = ops.depthwise_backward_weight(grad, gradient, ctx.kernel_size, *ctx.geometry) if weights else None
+        return to_grad, to_weight, None, None, None
+
+    return setup_context, backward
+
+
+def _depthwise_backward_weight() -> tuple[Callable, Callable]:
+    def setup_context(ctx, inputs, output):
+        grad, x, _, *ctx.geometry = inputs
+        grads, images, *_ = ctx.needs_input_grad
+        ctx.size = x.shape[2:]
+        ctx.save_for_backward(grad if images else None, x if grads else None)
+
+    def backward(ctx, gradient):  # of the result, shaped like a weight
+        grad, x = ctx.saved_tensors
+        grads, images, *_ = ctx.needs_input_grad
+        to_grad = depthwise(x, gradient, *ctx.geometry) if grads else None
+        to_x = ops.depthwise_backward_input(grad, gradient, ctx.size, *ctx.geometry) if images else None
+        return to_grad, to_x, None, None, None
+
+    return setup_context, backward
+
+
+def _max_pool() -> tuple[Callable, Callable]:
+    def setup_context(ctx, inputs, output):
+        x, *ctx.geometry = inputs
+        ctx.save_for_backward(x)
+
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        stride, padding, ceil_mode = ctx.geometry
+        window = ([3, 3], stride, padding, [1, 1], ceil_mode)
+        _, indices = aten.max_pool2d_with_indices(x.detach(), *window)
+        return aten.max_pool2d_with_indices_backward(grad, x, *window, indices), None, None, None
+
+    return setup_context, backward
+
+
+def _global_avg_pool() -> tuple[Callable, Callable]:
+    def setup_context(ctx, inputs, output):
+        ctx.shape = inputs[0].shape
+
+    def backward(ctx, grad):
+        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+
+    return setup_context, backward
+
+
+OTHERS = {
+    "depthwise_backward_input": _depthwise_backward_input,
+    "depthwise_backward_weight": _depthwise_backward_weight,
+    "max_pool": _max_pool,
+    "global_avg_pool": _global_avg_pool,
+}
+
+
+def register(library: torch.library.Library, name: str, parameters: list[str], layout: Callable[[Tensor], torch.memory_format]) -> None:
+    """Gives a public operator its gradients."""
+    setup_context, backward = _chain(name, parameters, layout) if name in CHAINS else OTHERS[name]()
+
+    def without_autocast(ctx, grad):
+        """The forward pass ran in the dtype of what was saved, and so does the backward, wherever it is called."""
+        device = grad.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, grad)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad)
+
+    torch.library.register_autograd(f"fastconv::{name}", without_autocast, setup_context=setup_context, lib=library)
