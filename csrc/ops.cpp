@@ -95,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("stem", TORCH_BOX(&fastconv::stem));
   m.impl("max_pool", TORCH_BOX(&fastconv::max_pool));
   m.impl("global_avg_pool", TORCH_BOX(&fastconv::global_avg_pool));
+  m.impl("depthwise_backward_input", TORCH_BOX(&fastconv::depthwise_backward_input));
+  m.impl("depthwise_backward_weight", TORCH_BOX(&fastconv::depthwise_backward_weight));
   m.impl("pack_panels", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_panels)));
   m.impl("pack_winograd", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_winograd)));
   m.impl("pack_taps", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_taps)));

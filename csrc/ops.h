@@ -22,6 +22,8 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode);
 Tensor global_avg_pool(Tensor x);
+Tensor depthwise_backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints padding);
+Tensor depthwise_backward_weight(Tensor grad, Tensor x, Ints kernel_size, Ints stride, Ints padding);
 
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation);
@@ -65,6 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);
+
+Tensor flip_taps(const Tensor& taps);  // (K * K, C), turned by half: those of the input gradient
 
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
 // x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)

@@ -304,6 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   bool needs_bias, OptionalTensor out) {
   const char* op = "training_conv_backward";
   const Geometry g = geometry(op, x, weight, stride, padding);
+  check(g.in.n > 0, op, "x must not be empty, got ", shape_of{x});
   check_shape(op, "y", y, g.out);
   check_norm(op, "input_norm", input_norm, g.in.c);
   Arriving arriving(op, dz, add, y, norm, activation);
@@ -353,12 +354,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     check(!needs_bias, op, "needs_bias must be False for a depthwise convolution: its bias gradient is a sum of dz'");
     const int64_t taps = g.kernel_h * g.kernel_w;
     const Image image(x);
-    Tensor flipped = floats({taps, channels}), packed = floats({taps, channels});
-    if (needs_input) {
-      const Tensor straight = pack_taps(weight);
-      for (int64_t t = 0; t < taps; ++t)
-        std::memcpy(mutable_data(flipped) + t * channels, data(straight) + (taps - 1 - t) * channels, channels * sizeof(float));
-    }
+    const Tensor flipped = needs_input ? flip_taps(pack_taps(weight)) : nothing();
+    Tensor packed = floats({taps, channels});
     const Activated input = activated_image(image, input_norm, before);
     const DepthwiseBackward backward{g.in.n,
                                      g.in.h,
@@ -505,6 +502,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
   const char* op = "training_fire_backward";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
+  check(f.pixels > 0, op, "x must not be empty, got ", shape_of{x});
   const int64_t channels = f.out1 + f.out3, image_pixels = f.in.h * f.in.w;
   const Shape shape{f.in.n, channels, f.in.h, f.in.w};
   check_shape(op, "z", z, shape);

@@ -288,7 +288,7 @@ namespace {
 // Rows of an image that one piece of a depthwise convolution makes: all, or as many as leave enough pieces for the threads of a large machine.
 int64_t rows_a_piece(int64_t batch, int64_t height) {
   constexpr int64_t PIECES = 32, LEAST = 8;  // of fewer rows, the halo would cost a quarter
-  return std::min(height, std::max(LEAST, ceil_div(height, ceil_div(PIECES, batch))));
+  return std::min(height, std::max(LEAST, ceil_div(height, ceil_div(PIECES, std::max<int64_t>(batch, 1)))));
 }
 
 // Rows that are made at a time: whole pairs (depthwise.h), in strips that stay in L2 together with their rings.
