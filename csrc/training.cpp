@@ -278,7 +278,7 @@ struct Arriving {
     check(norm || parsed == Activation::none || parsed == Activation::relu || parsed == Activation::relu6, op,
           "activation must be None, 'relu' or 'relu6' without a norm: the others do not show in their result");
     gradient = {dz.data, shape.c, add ? data(*add) : nullptr, y.data, shape.c, shape.c, row(norm, scale_row), row(norm, shift_row),
-                parsed,  nullptr, nullptr,                    nullptr};
+                parsed,  nullptr, nullptr,                    nullptr,     nullptr};
   }
 };
 
@@ -311,25 +311,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
   const int64_t channels = g.out.c, pixels = g.out.n * g.out.h * g.out.w;
 
   // dy = scale * (dz' - mean(dz') - (y - mean) * rstd^2 * mean(dz' * (y - mean))), Ioffe and Szegedy, 2015; by running statistics, scale * dz'.
-  std::vector<float> coefficients;
-  if (norm) {
-    coefficients.resize(3 * channels);
-    const float *const scale = row(norm, scale_row), *const mean = row(norm, mean_row), *const rstd = row(norm, rstd_row);
-    float *const a = coefficients.data(), *const b = a + channels, *const c = b + channels;
-    if (sums) {
-      check_floats(op, "sums", *sums);
-      check(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels && sums->is_contiguous(), op, "sums must be (2, ", channels,
-            "), got ", shape_of{*sums});
-    }
+  std::vector<float> means(norm ? 2 * channels : 0);  // offset, slope
+  if (sums) {
+    check_floats(op, "sums", *sums);
+    check(norm && sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == channels && sums->is_contiguous(), op, "sums must be (2, ",
+          channels, ") beside a norm, got ", shape_of{*sums});
+    const float *const rstd = row(norm, rstd_row), *const sum = data(*sums), *const products = sum + channels;
     for (int64_t i = 0; i < channels; ++i) {
-      a[i] = scale[i];
-      const double slope = sums ? -static_cast<double>(scale[i]) * rstd[i] * rstd[i] * data(*sums)[channels + i] / pixels : 0.0;
-      b[i] = static_cast<float>(slope);
-      c[i] = sums ? static_cast<float>(-static_cast<double>(scale[i]) * data(*sums)[i] / pixels - slope * mean[i]) : 0.0f;
+      means[i] = static_cast<float>(static_cast<double>(sum[i]) / pixels);
+      means[channels + i] = static_cast<float>(static_cast<double>(rstd[i]) * rstd[i] * products[i] / pixels);
     }
-    arriving.gradient.a = a;
-    arriving.gradient.b = b;
-    arriving.gradient.c = c;
+  }
+  if (norm) {
+    arriving.gradient.factor = row(norm, scale_row);
+    arriving.gradient.mean = row(norm, mean_row);
+    arriving.gradient.offset = means.data();
+    arriving.gradient.slope = means.data() + channels;
   }
 
   const OptionalTensor gates = by_image(op, "gate", gate, g.in.n, g.in.c);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._weights import Weights, load_weights
-from fastconv.nn._training import TrainedSequential
+from fastconv.nn._training import TrainedSequential, formatted_like, innermost, trains
 from fastconv.nn.fire import Fire
 from fastconv.optimize.planned import Planned
 
@@ -65,8 +65,13 @@ class SqueezeNet(Planned):
                     nn.init.kaiming_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def _features(self, x: Tensor) -> Tensor:
+        if not trains(x):
+            return self.features(x)
+        return formatted_like(self.features(innermost(x)), x)  # dropout draws in the order of memory
+
     def _forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.classifier(self.features(x)), 1)
+        return torch.flatten(self.classifier(self._features(x)), 1)
 
 
 def squeezenet1_0(*, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5) -> SqueezeNet:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastconv import _extension
 from fastconv.nn._buffers import buffers
+from fastconv.nn._conv import KernelConv2d
 from fastconv.optimize.plan import plain
 
 _ACTIVATIONS = {
@@ -67,14 +68,25 @@ def run_each(x: Tensor, modules: Iterable[nn.Module], residual: bool = False) ->
     y = x
     for module in modules:
         y = module(y)
-    return x + y if residual else y
+    return y + x if residual else y
 
 
 def _trained(x: Tensor, modules: Iterable[nn.Module], residual: bool) -> Tensor | None:
     if not trains(x):
         return None
     parts = _parts(modules)
-    return _run_parts(x, parts, residual) if parts is not None and _serves(x, parts) else None
+    return formatted_like(_run_parts(x, parts, residual), x) if parts is not None and _serves(x, parts) else None
+
+
+def formatted_like(y: Tensor, x: Tensor) -> Tensor:
+    """y, which has its channels innermost, in x's memory format."""
+    innermost = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y if innermost else y.contiguous()
+
+
+def innermost(x: Tensor) -> Tensor:
+    """x as the training kernels read it, where they will: for a network, whose layers would each change the format and back."""
+    return x.contiguous(memory_format=torch.channels_last) if trains(x) else x
 
 
 def trains(x: Tensor) -> bool:
@@ -115,8 +127,7 @@ def _flat(modules: Iterable[nn.Module]) -> list[nn.Module] | None:
 
 
 def _is_chain(module: nn.Sequential) -> bool:
-    forward = type(module).forward
-    return forward is nn.Sequential.forward or getattr(forward, "is_chain", False)
+    return type(module).forward is nn.Sequential.forward or getattr(module, "is_chain", False)
 
 
 def _is_gate(module: nn.Module) -> bool:
@@ -170,8 +181,12 @@ def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
     return parts if all(isinstance(part, Layer) and part.conv.kernel_size == (1, 1) for part in after_gates) else None
 
 
+def _is_plain_conv(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d or isinstance(module, KernelConv2d)
+
+
 def _is_covered_conv(conv: nn.Module) -> bool:
-    if not (type(conv) is nn.Conv2d and _bare(conv) and conv.padding_mode == "zeros" and conv.dilation == (1, 1)):
+    if not (_is_plain_conv(conv) and _bare(conv) and conv.padding_mode == "zeros" and conv.dilation == (1, 1)):
         return False
     if isinstance(conv.padding, str):
         return False
@@ -392,7 +407,7 @@ class TrainedSequential(nn.Sequential):
         while i < len(modules):
             end = i + 1
             if type(modules[i]) is nn.MaxPool2d and _is_covered_pool(modules[i]):
-                x = _MaxPool.apply(x, _pair(modules[i].stride), _pair(modules[i].padding), modules[i].ceil_mode)
+                x = formatted_like(_MaxPool.apply(x, _pair(modules[i].stride), _pair(modules[i].padding), modules[i].ceil_mode), x)
                 i = end
                 continue
             if _is_covered_conv(modules[i]):
@@ -406,14 +421,14 @@ class TrainedSequential(nn.Sequential):
 def fire(x: Tensor, squeeze: nn.Conv2d, expand1x1: nn.Conv2d, expand3x3: nn.Conv2d, activations: Iterable[nn.Module]) -> Tensor | None:
     """A fire module's output, or None where the training kernels do not cover it."""
     convs = (squeeze, expand1x1, expand3x3)
-    if not (trains(x) and all(type(conv) is nn.Conv2d and _bare(conv) for conv in convs)):
+    if not (trains(x) and all(_is_plain_conv(conv) and _bare(conv) for conv in convs)):
         return None
     if not all(type(activation) is nn.ReLU and _bare(activation) for activation in activations):
         return None
     tensors = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
     if x.shape[1] != squeeze.in_channels or not _are_covered(tensor for tensor in tensors if tensor is not None):
         return None
-    return _Fire.apply(x, *tensors)
+    return formatted_like(_Fire.apply(x, *tensors), x)
 
 
 class _Fire(torch.autograd.Function):

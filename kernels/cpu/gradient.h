@@ -132,30 +132,28 @@ inline void activated_exactly(const Activated& op, int64_t pixels, const float* 
   });
 }
 
-// About the first pixel, so that a mean far from zero cancels nothing.
+// About the mean of a few first pixels, so that a mean far from zero cancels nothing and sums stay small.
 inline void moments(const float* y, int64_t stride, int64_t pixels, int64_t channels, float* mean, float* squares) {
-  for (int64_t c = 0; c < channels; c += W) {
-    const int lanes = static_cast<int>(channels - c < W ? channels - c : W);
-    store_up_to(mean + c, vec{}, lanes);
-    store_up_to(squares + c, vec{}, lanes);
-  }
-  for_pixels(pixels, channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
-    const vec origin = load_lanes<WHOLE>(y + c, lanes);
-    vec sum{}, square{};
-    repeat<PIXELS>([&](int i) FASTCONV_LAMBDA_INLINE {
-      const vec d = load_lanes<WHOLE>(y + (p + i) * stride + c, lanes) - origin;
-      sum += d;
-      square += d * d;
-    });
-    add_lanes<WHOLE>(mean + c, sum, lanes);
-    add_lanes<WHOLE>(squares + c, square, lanes);
-  });
+  constexpr int64_t FIRST = 16;
   const float each = 1.0f / static_cast<float>(pixels);
   for (int64_t c = 0; c < channels; c += W) {
-    const int lanes = static_cast<int>(channels - c < W ? channels - c : W);
-    const vec sum = load_up_to(mean + c, lanes), square = load_up_to(squares + c, lanes), origin = load_up_to(y + c, lanes);
-    store_up_to(mean + c, origin + sum * each, lanes);
-    store_up_to(squares + c, square - sum * sum * each, lanes);
+    const int64_t lanes = channels - c, first = pixels < FIRST ? pixels : FIRST;
+    const auto at = [&](int64_t p) FASTCONV_LAMBDA_INLINE { return load_up_to(y + p * stride + c, lanes); };
+    vec origin{};
+    for (int64_t p = 0; p < first; ++p) origin += at(p);
+    origin *= 1.0f / static_cast<float>(first);
+    vec sum[4]{}, square[4]{};
+    const auto add = [&](int i, int64_t p) FASTCONV_LAMBDA_INLINE {
+      const vec d = at(p) - origin;
+      sum[i] += d;
+      square[i] += d * d;
+    };
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) repeat<4>([&](int i) FASTCONV_LAMBDA_INLINE { add(i, p + i); });
+    for (; p < pixels; ++p) add(0, p);
+    const vec sums = (sum[0] + sum[1]) + (sum[2] + sum[3]), all = (square[0] + square[1]) + (square[2] + square[3]);
+    store_up_to(mean + c, origin + sums * each, lanes);
+    store_up_to(squares + c, all - sums * sums * each, lanes);
   }
 }
 
@@ -177,10 +175,11 @@ inline void gradient(const Gradient& op, int64_t pixels, float* to, Strides to_s
   const Gradient g = op;
   with_activation(g.activation, [&](auto A) {
     for_pixels(pixels, g.channels, [&](auto PIXELS, auto WHOLE, int64_t p, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
-      if (g.a) {
-        const vec a = load_lanes<WHOLE>(g.a + c, lanes), b = load_lanes<WHOLE>(g.b + c, lanes), constant = load_lanes<WHOLE>(g.c + c, lanes);
+      if (g.factor) {
+        const vec factor = load_lanes<WHOLE>(g.factor + c, lanes), offset = load_lanes<WHOLE>(g.offset + c, lanes);
+        const vec mean = load_lanes<WHOLE>(g.mean + c, lanes), slope = load_lanes<WHOLE>(g.slope + c, lanes);
         activation_gradients<A, PIXELS, WHOLE>(g, p, c, lanes, [&](int i, vec dz, vec y) FASTCONV_LAMBDA_INLINE {
-          store(to + to_strides.at(p + i, c), a * dz + (b * y + constant));
+          store(to + to_strides.at(p + i, c), factor * ((dz - offset) - (y - mean) * slope));
         });
       } else {
         activation_gradients<A, PIXELS, WHOLE>(

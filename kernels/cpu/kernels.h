@@ -140,8 +140,8 @@ struct Activated {
   FASTCONV_SHARED bool plain() const { return !scale && !gate; }
 };
 
-// The gradient of a layer's sums: a * dz' + b * y + c with dz' = (dz + add) * activation'(scale * y + shift). Where scale is null y is the
-// activation's result: none, relu or relu6. Where a is null it is dz' itself.
+// The gradient of a layer's sums: factor * (dz' - offset - (y - mean) * slope) with dz' = (dz + add) * activation'(scale * y + shift). Where
+// scale is null y is the activation's result: none, relu or relu6. Where factor is null it is dz' itself.
 struct Gradient {
   const float* dz;
   int64_t dz_stride;
@@ -151,7 +151,7 @@ struct Gradient {
   int64_t channels;
   const float *scale, *shift;
   Activation activation;
-  const float *a, *b, *c;
+  const float *factor, *offset, *mean, *slope;
 };
 
 // sums[n, k] += sum over rows of dy[row, n] * z[row, k]. z's rows and those of sums reach to whole vectors.

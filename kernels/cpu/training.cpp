@@ -200,7 +200,7 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
         const Range strip = strips[i];
         make_gradient(op.gradient, strip, op.image_pixels, dy, dy_stride);
         if (op.dbias) {
-          const Gradient same{dy, dy_stride, nullptr, dy, dy_stride, outputs, nullptr, nullptr, Activation::none, nullptr, nullptr, nullptr};
+          const Gradient same{dy, dy_stride, nullptr, dy, dy_stride, outputs, nullptr, nullptr, Activation::none, nullptr, nullptr, nullptr, nullptr};
           k.gradient_sums(same, strip.size(), nullptr, bias_sums + 2 * i * outputs, bias_sums + (2 * i + 1) * outputs);
         }
         if (op.dweight) {
