@@ -430,16 +430,17 @@ Tensor pack_training_winograd(const Tensor& weight, const Parallel& parallel) {
   return panels;
 }
 
-// (E, S, 3, 3) as the convolution that takes dy back: (S, E, 3, 3), its taps turned by half.
+// (E, S, 3, 3) as the convolution that takes dy back: (S, E, 3, 3), its taps turned by half; E up to a multiple of 16, with zeros.
 Tensor flipped(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Tensor dense = torch::stable::contiguous(weight);
-  Tensor turned = floats({inputs, outputs, 3, 3});
+  const int64_t padded = panels_for(outputs) * PANEL;
+  Tensor turned = floats({inputs, padded, 3, 3});
   const float* const from = data(dense);
   float* to = mutable_data(turned);
   for (int64_t s = 0; s < inputs; ++s)
-    for (int64_t e = 0; e < outputs; ++e)
-      for (int64_t t = 0; t < 9; ++t) *to++ = from[(e * inputs + s) * 9 + 8 - t];
+    for (int64_t e = 0; e < padded; ++e)
+      for (int64_t t = 0; t < 9; ++t) *to++ = e < outputs ? from[(e * inputs + s) * 9 + 8 - t] : 0.0f;
   return turned;
 }
 

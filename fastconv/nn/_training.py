@@ -7,14 +7,15 @@ and what batch norm and activation make of it is made again inside the kernels t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fastconv import _extension
+from fastconv import _extension, reference
 from fastconv.nn._buffers import buffers
 from fastconv.nn._conv import KernelConv2d
 from fastconv.optimize.plan import plain
@@ -317,8 +318,9 @@ class _Chain(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz, _=None, dmeans=None):
+        if torch.is_grad_enabled():  # create_graph: gradients that have gradients
+            return _Chain.differentiable_backward(ctx, dz, dmeans)
         ops = torch.ops.fastconv
         count = len(ctx.layers)
         gate, *saved = ctx.saved_tensors
@@ -396,6 +398,64 @@ class _Chain(torch.autograd.Function):
         return (dz if needs_x else None, None, dgate if needs_gate else None, None, dresidual, None, None, *gradients)
 
 
+    @staticmethod
+    def differentiable_backward(ctx, dz, dmeans):
+        """The same by torch's operators, from the input on."""
+        count = len(ctx.layers)
+        gate, *saved = ctx.saved_tensors
+        x, norm, parameters = saved[0], saved[count + 1], saved[2 * count + 2 :]
+
+        def forward(x, gate, *parameters):
+            z = x
+            if norm is not None:  # x stands for its image already, and so does what arrives as its gradient
+                z = _StandsFor.apply(x, _activated(norm[0].view(-1, 1, 1) * x.detach() + norm[1].view(-1, 1, 1), ctx.input_activation))
+            z = z if gate is None else z * gate
+            for i, layer in enumerate(ctx.layers):
+                weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+                z = F.conv2d(z, weight, bias, layer.conv.stride, layer.conv.padding, 1, layer.conv.groups)
+                if ctx.statistics[i] != _NONE:
+                    running = (layer.norm.running_mean, layer.norm.running_var) if ctx.statistics[i] == _RUNNING else (None, None)
+                    z = F.batch_norm(z, *running, gamma, beta, ctx.statistics[i] == _BATCH, 0.0, layer.norm.eps)
+                z = _activated(z, layer.activation)
+            if not ctx.finish:
+                return z, z.mean((2, 3), keepdim=True)
+            return z + x if ctx.own else z
+
+        needed = ctx.needs_input_grad
+        wanted = [needed[0], needed[2], *needed[7:]]
+        arriving = dz if ctx.finish else (dz, dmeans)
+        x_gradient, gate_gradient, *gradients = _vjp(forward, (x, gate, *parameters), wanted, arriving)
+        residual = dz if needed[4] and not ctx.own else None
+        return (x_gradient, None, gate_gradient, None, residual, None, None, *gradients)
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else getattr(F, activation)(x)
+
+
+def _vjp(forward: Callable, inputs: Sequence[Tensor | None], wanted: Sequence[bool], arriving: Tensor | tuple) -> list[Tensor | None]:
+    """Gradients of forward(*inputs) with respect to those that are wanted, with graphs of their own."""
+    outputs = forward(*inputs)
+    if isinstance(arriving, tuple):
+        pairs = [(output, gradient) for output, gradient in zip(outputs, arriving, strict=True) if gradient is not None]
+        outputs, arriving = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    asked = [value for value, want in zip(inputs, wanted, strict=True) if want]
+    gradients = iter(torch.autograd.grad(outputs, asked, arriving, create_graph=True, allow_unused=True))
+    return [next(gradients) if want else None for want in wanted]
+
+
+class _StandsFor(torch.autograd.Function):
+    """An image in place of the sums that it is made from: the image's gradient is what goes back."""
+
+    @staticmethod
+    def forward(ctx, sums, image):
+        return image
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 class TrainedSequential(nn.Sequential):
     """A Sequential whose runs of convolution, batch norm and activation go through the training kernels, and everything else as it is."""
 
@@ -443,9 +503,11 @@ class _Fire(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz):
-        x, z, squeeze, squeeze_bias, weight1x1, _, weight3x3, _ = ctx.saved_tensors
+        x, z, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (x, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
+            return tuple(_vjp(reference.fire, inputs, ctx.needs_input_grad, dz))
         dx = buffers.image(x.shape) if ctx.needs_input_grad[0] else None
         _, *gradients = torch.ops.fastconv.training_fire_backward(
             dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx
@@ -469,13 +531,15 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, stride, padding, ceil_mode):
         ctx.save_for_backward(x)
-        ctx.stride, ctx.padding = stride, padding
+        ctx.stride, ctx.padding, ctx.ceil_mode = stride, padding, ceil_mode
         return torch.ops.fastconv.max_pool(x, stride, padding, ceil_mode)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz):
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pool = partial(F.max_pool2d, kernel_size=3, stride=ctx.stride, padding=ctx.padding, ceil_mode=ctx.ceil_mode)
+            return *_vjp(pool, (x,), (True,), dz), None, None, None
         dx = buffers.image(x.shape)
         torch.ops.fastconv.training_max_pool_backward(dz, x, ctx.stride, ctx.padding, dx)
         return dx, None, None, None

@@ -249,7 +249,8 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
 
 void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
   const Kernels& k = kernels();
-  const int64_t channels = op.gradient.channels, image_pixels = op.height * op.width;
+  // Whole blocks of channels: the kernels that make the buffer write whole vectors.
+  const int64_t channels = padded(op.gradient.channels), image_pixels = op.height * op.width;
   const int64_t tiles = ceil_div(op.height, 4), row_floats = (ceil_div(op.width, 4) * 4 + 2) * channels;
   const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / 4 / row_floats, 1, tiles);  // rows of tiles at a time
   const int64_t pieces = ceil_div(tiles, most);
@@ -263,10 +264,8 @@ void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
       for (int64_t r = 0; r < buffer_rows; ++r) {
         const int64_t h = rows.begin - 1 + r;
         float* const to = buffer + r * row_floats;
-        if (h < 0 || h >= op.height) {
-          std::memset(to, 0, row_floats * sizeof(float));
-          continue;
-        }
+        if (h < 0 || h >= op.height || channels != op.gradient.channels) std::memset(to, 0, row_floats * sizeof(float));
+        if (h < 0 || h >= op.height) continue;
         std::memset(to, 0, channels * sizeof(float));
         k.gradient(at(op.gradient, n * image_pixels + h * op.width, n), op.width, to + channels, channels);
         std::memset(to + (op.width + 1) * channels, 0, (row_floats - (op.width + 1) * channels) * sizeof(float));

@@ -87,7 +87,7 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel);
 struct WindowBackward {
   int64_t batch, height, width;
   Gradient gradient;  // of the output
-  const float *panels, *winograd;  // of the flipped weight (inputs, outputs, 3, 3)
+  const float *panels, *winograd;  // of the flipped weight (inputs, outputs, 3, 3), outputs up to a multiple of 16 with zeros
   const float* zeros;              // inputs
   float* dx;                       // pixels dense
   int64_t inputs;
