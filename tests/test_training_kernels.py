@@ -17,11 +17,18 @@ from torch import nn
 import fastconv
 from fastconv import _extension
 from fastconv.models import mobilenet_v3
-from fastconv.nn import _training
+from fastconv.nn import _buffers, _training
 from fastconv.nn._buffers import Buffers
 from fastconv.nn._training import TrainedSequential
 
 pytestmark = pytest.mark.skipif(not _extension.available, reason="needs the compiled extension")
+
+
+@pytest.fixture(autouse=True)
+def small_images_too(monkeypatch):
+    """Images of any size stand in memory that is lent, which in use only large ones do."""
+    monkeypatch.setattr(_buffers, "_LEAST", 0)
+
 
 norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
 
@@ -129,6 +136,20 @@ def test_bits_do_not_depend_on_threads(name):
     for other in results[1:]:
         for key, value in results[0].items():
             assert value is None or torch.equal(value, other[key]), key
+
+
+@each_module
+def test_outputs_may_be_written_to(name):
+    """result += input, as torchvision's blocks have it, and activations in place."""
+    module = randomised(MODULES[name]()).train()
+    x = image(name).requires_grad_()
+    results = []
+    for add in (lambda y: y + 1.0, lambda y: y.add_(1.0)):
+        if "fire" in name or "sequence" in name:
+            continue  # as after torch's own ReLU: the backward needs the result
+        torch.autograd.grad(add(module(x)).square().sum(), x)
+        results.append(torch.autograd.grad(add(module(x)).square().sum(), x)[0])
+    assert not results or torch.equal(*results)
 
 
 def test_statistics_far_from_zero():
