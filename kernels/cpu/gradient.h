@@ -349,35 +349,49 @@ inline void depthwise_gradient(const DepthwiseGradient& op, Range out_rows) {
   depthwise_gradient_rows<5>(op, out_rows);
 }
 
+// dy of one window and vector of channels, to the first maximum of its rows x columns; x and dx stand at the window's first pixel. ALL: 3 x 3.
+template <bool ALL, bool WHOLE>
+FASTCONV_INLINE void max_pool_window(const float* x, const float* dy, float* dx, int64_t rows, int64_t columns, int64_t row, int64_t pixel,
+                                     int lanes) {
+  const int64_t h1 = ALL ? 3 : rows, w1 = ALL ? 3 : columns;
+  vec best = splat(-std::numeric_limits<float>::infinity());
+  ivec where{};
+#pragma GCC unroll 3
+  for (int64_t h = 0; h < h1; ++h)
+#pragma GCC unroll 3
+    for (int64_t w = 0; w < w1; ++w) {
+      const vec value = load_lanes<WHOLE>(x + h * row + w * pixel, lanes);
+      const auto better = (value > best) | (value != value);
+      best = better ? value : best;
+      where = better ? ivec{} + static_cast<int32_t>(h * 3 + w) : where;
+    }
+  const vec d = load_lanes<WHOLE>(dy, lanes);
+#pragma GCC unroll 3
+  for (int64_t h = 0; h < h1; ++h)
+#pragma GCC unroll 3
+    for (int64_t w = 0; w < w1; ++w)
+      add_lanes<WHOLE>(dx + h * row + w * pixel, where == static_cast<int32_t>(h * 3 + w) ? d : vec{}, lanes);
+}
+
 inline void max_pool_gradient(const MaxPoolGradient& op) {
-  const int64_t row = op.width * op.channels;
+  const int64_t pixel = op.channels, row = op.width * pixel;
   int64_t cleared = 0;  // rows of dx that are ready to be added to
   for (int64_t oh = 0; oh < op.out_height; ++oh) {
     const int64_t top = oh * op.stride_h - op.pad_h, h0 = top < 0 ? 0 : top, h1 = top + 3 < op.height ? top + 3 : op.height;
     if (cleared < h1) std::memset(op.dx + cleared * row, 0, (h1 - cleared) * row * sizeof(float)), cleared = h1;
     for (int64_t ow = 0; ow < op.out_width; ++ow) {
       const int64_t left = ow * op.stride_w - op.pad_w, w0 = left < 0 ? 0 : left, w1 = left + 3 < op.width ? left + 3 : op.width;
-      const float* const dy = op.dy + (oh * op.out_width + ow) * op.channels;
-      for (int64_t c = 0; c < op.channels; c += W) {
-        const int64_t lanes = op.channels - c;
-        vec best = splat(-std::numeric_limits<float>::infinity());
-        ivec where{};
-        int32_t tap = 0;
-        for (int64_t h = h0; h < h1; ++h)
-          for (int64_t w = w0; w < w1; ++w, ++tap) {
-            const vec x = load_up_to(op.x + h * row + w * op.channels + c, lanes);
-            const auto better = (x > best) | (x != x);
-            best = better ? x : best;
-            where = better ? ivec{} + tap : where;
-          }
-        const vec d = load_up_to(dy + c, lanes);
-        tap = 0;
-        for (int64_t h = h0; h < h1; ++h)
-          for (int64_t w = w0; w < w1; ++w, ++tap) {
-            float* const to = op.dx + h * row + w * op.channels + c;
-            store_up_to(to, load_up_to(to, lanes) + (where == tap ? d : vec{}), lanes);
-          }
-      }
+      const int64_t first = h0 * row + w0 * pixel;
+      const float* const dy = op.dy + (oh * op.out_width + ow) * pixel;
+      const auto window = [&](auto ALL) FASTCONV_LAMBDA_INLINE {
+        for_pixels(1, op.channels, [&](auto, auto WHOLE, int64_t, int64_t c, int lanes) FASTCONV_LAMBDA_INLINE {
+          max_pool_window<ALL, WHOLE>(op.x + first + c, dy + c, op.dx + first + c, h1 - h0, w1 - w0, row, pixel, lanes);
+        });
+      };
+      if (h1 - h0 == 3 && w1 - w0 == 3)
+        window(std::true_type{});
+      else
+        window(std::false_type{});
     }
   }
   if (cleared < op.height) std::memset(op.dx + cleared * row, 0, (op.height - cleared) * row * sizeof(float));
