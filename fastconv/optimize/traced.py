@@ -59,18 +59,19 @@ class Traced(nn.Module):
         transformed = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
         if transformed or _plainly.on or getattr(torch.compiler, "_is_exporting_flag", False):  # a strict export
             return ""
-        if self._key is None:
-            # The same in every process that makes its modules in the same order, so that the compilers' caches on disk serve. A graph of
-            # the cache was made for a plan of the same description, and its key names the one in this process.
-            program = _elsewhere(lambda: self._plan_now().program)
+        # The same in every process that makes its modules in the same order, so that the compilers' caches on disk serve. A graph of the
+        # cache was made for a plan of the same description, and its key names the one in this process.
+        program = _elsewhere(lambda: self._plan_now().program)
+        if program is not self._captured:
             description = _description(program)
             if not description:
                 return ""
-            self._captured = program
             with _lock:
-                number = _counts[description]
-                _counts[description] += 1
-            self._key = f"{description}-{number}"
+                if self._key is None or self._key.partition("-")[0] != description:
+                    _modules.pop(self._key, None)
+                    self._key = f"{description}-{_counts[description]}"
+                    _counts[description] += 1
+            self._captured = program
         _modules[self._key] = self
         return self._key
 
