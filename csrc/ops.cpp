@@ -106,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("fire_packed", TORCH_BOX(&fastconv::fire_packed));
   m.impl("inverted_residual_packed", TORCH_BOX(&fastconv::inverted_residual_packed));
   m.impl("stem_packed", TORCH_BOX(&fastconv::stem_packed));
+  m.impl("network", TORCH_BOX(&fastconv::network));
   m.impl("program_run", TORCH_BOX(&fastconv::program_run));
   m.impl("training_conv", TORCH_BOX(&fastconv::training_conv));
   m.impl("training_activated", TORCH_BOX(&fastconv::training_activated));
@@ -119,6 +120,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by
   m.impl("program_new", TORCH_BOX(&fastconv::program_new));
-  m.impl("program_add", TORCH_BOX(&fastconv::program_add));
   m.impl("program_free", TORCH_BOX(&fastconv::program_free));
 }

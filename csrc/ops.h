@@ -36,10 +36,9 @@ Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, Optional
                                 OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation);
 Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation);
 
-// Whole networks (program.cpp), by number.
-int64_t program_new();
-void program_add(int64_t program, std::string op, std::vector<Tensor> weights, Ints numbers, std::string activations, int64_t x,
-                 int64_t residual, int64_t output);
+// Whole networks (program.cpp): by their weights and text, or compiled once and called by number.
+Tensor network(Tensor x, std::vector<Tensor> weights, std::string program);
+int64_t program_new(std::vector<Tensor> weights, std::string program);
 Tensor program_run(Tensor x, int64_t program);
 void program_free(int64_t program);
 

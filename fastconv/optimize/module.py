@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from fastconv.optimize.plan import Plan
+from fastconv.optimize.traced import Traced, compiled
 
 
-class OptimizedModule(nn.Module):
+class OptimizedModule(Traced):
     """What `optimize` returns. Holds the model's copy, whose parameters, buffers, submodules and hooks are its own, under the same names:
     state_dict, load_state_dict, to, parameters, deepcopy and pickle are those of the copy."""
 
@@ -34,7 +35,12 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             return self._original.forward(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return compiled(self, self._original.forward, *args, **kwargs)
         return self.plan(*args, **kwargs)
+
+    def _plan_now(self) -> Plan:
+        return self.plan
 
     def train(self, mode: bool = True) -> OptimizedModule:
         if any(module.training != mode for module in self.modules()):
@@ -67,9 +73,6 @@ class OptimizedModule(nn.Module):
             if "_original" not in self.__dict__:  # while it is unpickled
                 raise
             return getattr(self._original, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_plan"}
 
 
 def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> OptimizedModule:
