@@ -130,7 +130,14 @@ class Launcher:
 
     def _through_triton(self, variant: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
         with on(tensors[0]):
-            compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
+            try:
+                compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
+            except OSError as problem:
+                from . import cache
+
+                if not cache.degraded(problem):
+                    raise
+                compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
             if _KNOWN and compiled is not None and hasattr(compiled, "packed_metadata"):  # none in the interpreter
                 self.current = triton.runtime.driver.active
                 self.variants[variant] = (compiled.run, compiled.function, compiled.packed_metadata)
