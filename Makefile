@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/gpu
+MINUTES ?= 8.5
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c requirements/constraints.txt
 EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kernels/cpu/*)
@@ -87,9 +88,9 @@ GPU_PYTHON = $(BIN)/python
 GPU_READY = $(VENV)/.built
 endif
 
-gpu: $(GPU_READY)  ## GPU tests, then GPU benchmarks into OUT=out/gpu (PYTHON=python3: in that Python, offline)
+gpu: $(GPU_READY)  ## GPU tests and benchmarks into OUT=out/gpu within MINUTES=8.5 (PYTHON=python3: in that Python, offline)
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    mkdir -p "$(OUT)" && $(GPU_PYTHON) -m pytest -m gpu tests/gpu && $(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)"; \
+	    $(GPU_PYTHON) benchmarks/gpu_all.py --out "$(OUT)" --minutes $(MINUTES); \
 	else \
 	    echo "fastconv: torch sees no GPU on this machine (torch.cuda.is_available() is False); no GPU test or benchmark was run"; \
 	fi

@@ -351,7 +351,10 @@ class Plan:
             if self._ready is None or not self._ready.watch.unchanged():
                 # Outside inference mode, for the packed tensors outlive it.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._ready = self._renewed(self._ready)
+                    ready = self._renewed(self._ready)
+                    for device in {tensor.device for tensor in ready.watch.tensors if tensor.is_cuda}:
+                        torch.cuda.current_stream(device).synchronize()  # the next to read the weights may be on another stream
+                    self._ready = ready
             return self._ready
 
     def _renewed(self, old: Ready | None) -> Ready:
