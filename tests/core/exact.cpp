@@ -547,7 +547,7 @@ void check(const Problem& p, const std::vector<Layout>& layouts, const std::vect
       current.layout = layout;
       in.shape(p.pixels(), p.in, layout.in, at_end);
       in.put(x);
-      added.shape(p.out_pixels(), p.out, layout.out, at_end);
+      added.shape(p.out_pixels(), p.out, layout.in, at_end);
       added.put(residual);
       out.shape(p.out_pixels(), p.out, layout.out, at_end);
       for (size_t e = 0; e < epilogues.size(); ++e) {
@@ -586,8 +586,8 @@ void depthwise_cases() {
       for (const int64_t c : {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33})
         for (const int64_t kernel : {3, 5})
           for (const auto& [sh, sw] : {std::array<int64_t, 2>{1, 1}, {2, 2}, {1, 2}, {2, 1}})
-            for (const int64_t pad : {int64_t{0}, kernel / 2, kernel - 1})
-              check<DepthwiseOp>({"depthwise", 1 + (h + w) % 2, h, w, c, 0, c, kernel, sh, sw, pad, pad}, EVERY, epilogues);
+            for (const auto& [ph, pw] : {std::array<int64_t, 2>{0, 0}, {kernel / 2, kernel / 2}, {kernel - 1, 1}, {1, kernel - 1}})
+              check<DepthwiseOp>({"depthwise", 1 + (h + w) % 2, h, w, c, 0, c, kernel, sh, sw, ph, pw}, EVERY, epilogues);
 }
 
 void pointwise_cases() {

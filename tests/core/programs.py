@@ -27,7 +27,7 @@ NATIVE = {"x86_64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}
 # As setup.py compiles the kernels; what is compiled is the shipped code.
 SHIPPED = ["-O3", "-g0"]
 QUICK = ["-O1", "-g0"]
-FLAGS = ["-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{ROOT}"]
+FLAGS = ["-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 # What each is built and run with. exact runs on blocks of malloc then, and the core takes no more scratch memory than it asks for.
 SANITIZERS = {
@@ -49,37 +49,51 @@ def clang() -> list[str] | None:
     return next(([name] for name in names if shutil.which(name)), None)
 
 
-def build(name: str, isas: list[str], options: list[str] = QUICK, cxx: list[str] | None = None, root: Path = ROOT) -> Path:
-    """tests/core/<name>.cpp with the kernels of these instruction sets; compiles what is older than its sources."""
-    cxx = cxx or compiler()
-    flags = [*FLAGS, *options, *(f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas)]
-    flags[flags.index(f"-I{ROOT}")] = f"-I{root}"
-    folder = root / "build" / "core" / hashlib.sha1(" ".join([*cxx, *flags]).encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    headers = max(file.stat().st_mtime for file in (root / "kernels/cpu").glob("*.h"))
+def compile_one(command: list[str], source: Path, folder: Path, name: str) -> Path:
+    """The object of a source, compiled unless the same text has been compiled by the same command before."""
+    text = subprocess.run([*command, "-E", "-P", str(source)], check=True, capture_output=True).stdout
+    key = hashlib.sha1(" ".join(command).encode() + text).hexdigest()[:16]
+    target = folder / f"{name}-{key}.o"
+    if not target.exists():
+        part = folder / f"{name}-{key}.{os.getpid()}.o"  # two processes may build at a time
+        subprocess.run([*command, "-c", str(source), "-o", str(part)], check=True)
+        part.replace(target)
+    return target
+
+
+def link(command: list[str], objects: list[Path], folder: Path, name: str) -> Path:
+    key = hashlib.sha1(" ".join([*command, *(file.name for file in objects)]).encode()).hexdigest()[:16]
+    target = folder / f"{name}-{key}"
+    if not target.exists():
+        part = folder / f"{name}-{key}.{os.getpid()}"
+        subprocess.run([*command, *map(str, objects), "-o", str(part), "-pthread"], check=True)
+        part.replace(target)
+    return target
+
+
+def core_jobs(isas: list[str], flags: list[str], root: Path = ROOT) -> list[tuple[list[str], Path, str]]:
+    """(flags, source, name) of every object of the core."""
+    flags = [*FLAGS, f"-I{root}", *flags, *(f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas)]
     jobs = []
     for isa in isas:
-        jobs.append(([f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *ISA_FLAGS[isa]], "kernels/cpu/kernels.cpp", isa))
-    jobs += [([], f"kernels/cpu/{source}.cpp", source) for source in ("blocks", "isa")]
-    jobs.append(([], f"tests/core/{name}.cpp", name))
+        own = [f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *ISA_FLAGS[isa]]
+        jobs.append(([*flags, *own], root / "kernels/cpu/kernels.cpp", isa))
+    return [*jobs, *((flags, root / f"kernels/cpu/{name}.cpp", name) for name in ("blocks", "isa"))]
 
-    def compile_one(job) -> Path:
-        own, source, target = job
-        object_file, source = folder / f"{target}.o", root / source
-        if not object_file.exists() or object_file.stat().st_mtime < max(headers, source.stat().st_mtime):
-            part = folder / f"{target}.{os.getpid()}.o"  # two processes may build at a time
-            subprocess.run([*cxx, *flags, *own, "-c", str(source), "-o", str(part)], check=True)
-            part.replace(object_file)
-        return object_file
 
+def compile_all(cxx: list[str], jobs: list[tuple[list[str], Path, str]], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, jobs))
-    program = folder / name
-    if not program.exists() or program.stat().st_mtime < max(file.stat().st_mtime for file in objects):
-        part = folder / f"{name}.{os.getpid()}"
-        subprocess.run([*cxx, *options, *map(str, objects), "-o", str(part), "-pthread"], check=True)
-        part.replace(program)
-    return program
+        return list(pool.map(lambda job: compile_one([*cxx, *job[0]], job[1], folder, job[2]), jobs))
+
+
+def build(name: str, isas: list[str], options: list[str] = QUICK, cxx: list[str] | None = None, root: Path = ROOT) -> Path:
+    """tests/core/<name>.cpp with the kernels of these instruction sets."""
+    cxx = cxx or compiler()
+    jobs = core_jobs(isas, options, root)
+    jobs.append((jobs[-1][0], root / f"tests/core/{name}.cpp", name))
+    folder = root / "build" / "core"
+    return link([*cxx, *options], compile_all(cxx, jobs, folder), folder, name)
 
 
 def run(command: list[str]) -> float:
