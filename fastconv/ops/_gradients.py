@@ -21,9 +21,18 @@ aten, ops = torch.ops.aten, torch.ops.fastconv
 FROM_OUTPUT = ("relu", "relu6")  # activations whose slope their output tells; the others' follows from what went in
 
 
+# Two of them have no derivative of their own; these forms stand in where one may be asked for.
+
+
+def _hardsigmoid_slope(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.hardsigmoid_backward(grad, x)
+    return torch.where((x > -3) & (x < 3), grad / 6, 0)
+
+
 def _silu_slope(grad: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
-        return aten.silu_backward(grad, x)  # which has no derivative
+        return aten.silu_backward(grad, x)
     sigmoid = torch.sigmoid(x)
     return grad * (sigmoid * (1 + x * (1 - sigmoid)))
 
@@ -32,7 +41,7 @@ SLOPES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {  # ATen's own, 
     "relu": lambda grad, y: aten.threshold_backward(grad, y, 0),
     "relu6": lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6),
     "hardswish": aten.hardswish_backward,
-    "hardsigmoid": aten.hardsigmoid_backward,
+    "hardsigmoid": _hardsigmoid_slope,
     "silu": _silu_slope,
 }
 
@@ -84,7 +93,7 @@ class Layer:
         raise NotImplementedError
 
     def input_gradient(self, grad: Tensor, size: torch.Size, added: Tensor | None) -> Tensor:
-        """The gradient of x, an image of this height and width, plus `added`. grad: that of conv(x) + bias."""
+        """The gradient of x plus `added`. grad: that of conv(x) + bias; size: of the operator's input, which only 1x1 kernels come after."""
         raise NotImplementedError
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -141,7 +150,7 @@ class Pointwise(Dense):
     def input_gradient(self, grad, size, added):
         if grad.is_cuda or innermost(grad):
             return ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None)
-        return super().input_gradient(grad, size, added)  # oneDNN takes NCHW as it is
+        return super().input_gradient(grad, grad.shape[2:], added)  # oneDNN takes NCHW as it is
 
     def weight_gradient(self, grad, x):
         if grad.is_cuda:  # in a fixed order, which cuDNN does not promise
@@ -277,16 +286,17 @@ def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.me
     return setup_context, backward
 
 
-def _depthwise_backward_input() -> tuple[Callable, Callable]:
+def _depthwise_backward_input(layout: Callable[[Tensor], torch.memory_format]) -> tuple[Callable, Callable]:
     def setup_context(ctx, inputs, output):
         grad, weight, _, *ctx.geometry = inputs
         grads, weights, *_ = ctx.needs_input_grad
-        ctx.kernel_size = weight.shape[2:]
+        ctx.kernel_size, ctx.layout = weight.shape[2:], layout(grad)
         ctx.save_for_backward(grad if weights else None, weight if grads else None)
 
     def backward(ctx, gradient):  # of the result, an image of x's size
         grad, weight = ctx.saved_tensors
         grads, weights, *_ = ctx.needs_input_grad
+        gradient = laid_out(gradient, ctx.layout)
         to_grad = depthwise(gradient, weight, *ctx.geometry) if grads else None
         to_weight = ops.depthwise_backward_weight(grad, gradient, ctx.kernel_size, *ctx.geometry) if weights else None
         return to_grad, to_weight, None, None, None
@@ -294,24 +304,24 @@ def _depthwise_backward_input() -> tuple[Callable, Callable]:
     return setup_context, backward
 
 
-def _depthwise_backward_weight() -> tuple[Callable, Callable]:
+def _depthwise_backward_weight(layout: Callable[[Tensor], torch.memory_format]) -> tuple[Callable, Callable]:
     def setup_context(ctx, inputs, output):
         grad, x, _, *ctx.geometry = inputs
         grads, images, *_ = ctx.needs_input_grad
-        ctx.size = x.shape[2:]
+        ctx.size, ctx.layouts = x.shape[2:], (layout(grad), layout(x))
         ctx.save_for_backward(grad if images else None, x if grads else None)
 
     def backward(ctx, gradient):  # of the result, shaped like a weight
         grad, x = ctx.saved_tensors
         grads, images, *_ = ctx.needs_input_grad
-        to_grad = depthwise(x, gradient, *ctx.geometry) if grads else None
-        to_x = ops.depthwise_backward_input(grad, gradient, ctx.size, *ctx.geometry) if images else None
+        to_grad = laid_out(depthwise(x, gradient, *ctx.geometry), ctx.layouts[0]) if grads else None
+        to_x = laid_out(ops.depthwise_backward_input(grad, gradient, ctx.size, *ctx.geometry), ctx.layouts[1]) if images else None
         return to_grad, to_x, None, None, None
 
     return setup_context, backward
 
 
-def _max_pool() -> tuple[Callable, Callable]:
+def _max_pool(layout) -> tuple[Callable, Callable]:
     def setup_context(ctx, inputs, output):
         x, *ctx.geometry = inputs
         ctx.save_for_backward(x)
@@ -326,7 +336,7 @@ def _max_pool() -> tuple[Callable, Callable]:
     return setup_context, backward
 
 
-def _global_avg_pool() -> tuple[Callable, Callable]:
+def _global_avg_pool(layout) -> tuple[Callable, Callable]:
     def setup_context(ctx, inputs, output):
         ctx.shape = inputs[0].shape
 
@@ -346,7 +356,7 @@ OTHERS = {
 
 def register(library: torch.library.Library, name: str, parameters: list[str], layout: Callable[[Tensor], torch.memory_format]) -> None:
     """Gives a public operator its gradients."""
-    setup_context, backward = _chain(name, parameters, layout) if name in CHAINS else OTHERS[name]()
+    setup_context, backward = _chain(name, parameters, layout) if name in CHAINS else OTHERS[name](layout)
 
     def without_autocast(ctx, grad):
         """The forward pass ran in the dtype of what was saved, and so does the backward, wherever it is called."""

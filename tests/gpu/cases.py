@@ -20,6 +20,17 @@ DEPTHWISE = [
     (1, 96, 9, 8, 3, (2, 2), (2, 2), "hardsigmoid", False),
     (2, 64, 4, 3, 3, (1, 1), (0, 0), None, True),
 ]
+# N, C, H, W, K, stride, padding: of the forward pass
+GRADIENTS = [
+    (2, 1, 5, 7, 3, (1, 1), (1, 1)),
+    (1, 3, 1, 1, 3, (2, 2), (1, 1)),
+    (1, 3, 9, 10, 5, (2, 2), (2, 2)),
+    (2, 24, 7, 9, 3, (2, 1), (1, 0)),
+    (1, 40, 10, 17, 5, (1, 2), (4, 1)),
+    (3, 96, 9, 8, 3, (2, 2), (2, 2)),
+    (2, 64, 6, 5, 5, (1, 1), (0, 3)),
+    (2, 16, 8, 7, 3, (2, 2), (0, 1)),  # windows that leave the last rows unread
+]
 # N, Cin, Cout, H, W, activation, bias, residual
 POINTWISE = [
     (1, 1, 3, 5, 7, None, True, False),
@@ -107,6 +118,90 @@ def check_depthwise(dtype, device, case, channels_last):
     check(x, y, wanted, reference.depthwise(*magnitudes(x, weight, bias), **options), k * k + 1)
 
 
+def gradient_launchers():
+    from fastconv.kernels.gpu import depthwise_backward
+
+    return depthwise_backward.depthwise_backward_input, depthwise_backward.depthwise_backward_weight
+
+
+def check_depthwise_gradients(dtype, device, case, channels_last):
+    n, c, h, w, k, stride, padding = case
+    x, weight = randn((n, c, h, w), dtype, device, channels_last), randn((c, 1, k, k), dtype, device)
+    options = {"stride": stride, "padding": padding}
+    grad = randn(reference.depthwise(x.double(), weight.double(), **options).shape, dtype, device, channels_last)
+    of_input, of_weight = gradient_launchers()
+    wanted, magnitude = [reference.depthwise_backward_input(*f(grad, weight), (h, w), **options) for f in (double, magnitudes)]
+    check(grad, of_input(grad, weight, (h, w), stride, padding), wanted, magnitude, k * k)
+    wanted, magnitude = [reference.depthwise_backward_weight(*f(grad, x), (k, k), **options) for f in (double, magnitudes)]
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN: an element not written shows
+    try:
+        found = of_weight(grad, x, (k, k), stride, padding)
+        again = of_weight(grad, x, (k, k), stride, padding)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, again)
+    assert found.is_contiguous()
+    check(grad, found, wanted, magnitude, grad[:, 0].numel())
+
+
+def check_splits(device, monkeypatch):
+    """The weight's sums over one program, over several, and over more than there are tiles."""
+    from fastconv.kernels.gpu import depthwise_backward
+
+    for programs in (1, 3, 40, 4096):
+        monkeypatch.setattr(depthwise_backward, "PROGRAMS", programs)
+        check_depthwise_gradients(torch.float32, device, (5, 24, 9, 11, 3, (1, 1), (1, 1)), True)
+        check_depthwise_gradients(torch.float32, device, (2, 3, 13, 9, 5, (2, 2), (2, 2)), True)
+
+
+def check_gradients_stay_local(device):
+    """An infinite gradient at the corner reaches the taps and pixels that its window holds; what lies outside the image adds nothing."""
+    of_input, of_weight = gradient_launchers()
+    grad, x = torch.ones(1, 2, 4, 4, device=device), torch.ones(1, 2, 4, 4, device=device)
+    grad[0, 1, 0, 0] = float("inf")
+    found = of_weight(grad, x, (3, 3), (1, 1), (1, 1))
+    wanted = torch.zeros_like(found, dtype=torch.bool)
+    wanted[1, 0, 1:, 1:] = True
+    assert torch.equal(found.isinf(), wanted)
+    assert not found.isnan().any()
+    found = of_input(grad, torch.ones(2, 1, 3, 3, device=device), (4, 4), (1, 1), (1, 1))
+    wanted = torch.zeros_like(found, dtype=torch.bool)
+    wanted[0, 1, :2, :2] = True
+    assert torch.equal(found.isinf(), wanted)
+
+
+# op: (x, the other tensors, the rest)
+DIFFERENTIATED = {
+    "depthwise": ((2, 24, 7, 9), [(24, 1, 3, 3), (24,)], {"stride": (1, 2), "activation": "hardswish"}),
+    "pointwise": ((2, 24, 5, 7), [(40, 24, 1, 1), (40,)], {"activation": "relu6"}),
+    "fire_expand": ((1, 16, 5, 6), [(24, 16, 1, 1), (24,), (8, 16, 3, 3), (8,)], {}),
+    "fire": ((1, 24, 5, 6), [(16, 24, 1, 1), (16,), (24, 16, 1, 1), (24,), (8, 16, 3, 3), (8,)], {}),
+    "separable": (
+        (2, 24, 7, 8), [(24, 1, 5, 5), (24,), (16, 24, 1, 1), (16,)],
+        {"stride": 2, "padding": 2, "depthwise_activation": "relu", "activation": "silu"},
+    ),
+    "inverted_residual": (
+        (2, 8, 7, 6), [(24, 8, 1, 1), (24,), (24, 1, 3, 3), (24,), (8, 24, 1, 1), (8,)], {"activation": "hardswish", "residual": True},
+    ),
+    "stem": ((1, 3, 9, 11), [(16, 3, 3, 3), (16,)], {"activation": "relu"}),
+    "global_avg_pool": ((2, 24, 5, 7), [], {}),
+}  # fmt: skip
+
+
+def check_backward(op, device):
+    """The gradients of a public operator, all through the kernels, beside the float64 reference's."""
+    import fastconv
+
+    shape, others, rest = DIFFERENTIATED[op]
+    tensors = [randn(shape, torch.float32, device, True), *(randn(other, torch.float32, device) for other in others)]
+    ours = [tensor.clone().requires_grad_() for tensor in tensors]
+    wide = [tensor.double().requires_grad_() for tensor in tensors]
+    y, wanted = getattr(fastconv.ops, op)(*ours, **rest), getattr(reference, op)(*wide, **rest)
+    grad = torch.randn_like(wanted)
+    for one, other in zip(torch.autograd.grad(y, ours, grad.float()), torch.autograd.grad(wanted, wide, grad)):
+        assert ((one.double() - other).norm() / other.norm()).item() < 1e-5
+
+
 def check_pointwise(dtype, device, case, channels_last):
     n, c, o, h, w, activation, with_bias, with_residual = case
     x, weight = randn((n, c, h, w), dtype, device, channels_last), randn((o, c, 1, 1), dtype, device)
@@ -156,6 +251,9 @@ def check_empty(dtype, device):
     x = torch.empty(0, 24, 8, 8, dtype=dtype, device=device)
     ones = {k: torch.ones(24, 1 if k == 5 else 24, k, k, dtype=dtype, device=device) for k in (1, 3, 5)}
     assert launcher("depthwise")(x, ones[5], None, (2, 2), (2, 2)).shape == (0, 24, 4, 4)
+    of_input, of_weight = gradient_launchers()
+    assert of_input(x, ones[5], (15, 16), (2, 2), (2, 2)).shape == (0, 24, 15, 16)
+    assert torch.equal(of_weight(x, x, (5, 5), (1, 1), (2, 2)), torch.zeros_like(ones[5]))
     assert launcher("pointwise")(x, ones[1]).shape == (0, 24, 8, 8)
     assert launcher("fire_expand")(x, ones[1], None, ones[3], None).shape == (0, 48, 8, 8)
 
@@ -199,6 +297,22 @@ class Checks:
         check_depthwise(dtype, self.device, case, channels_last)
 
     @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+    @pytest.mark.parametrize("case", GRADIENTS, ids=str)
+    def test_depthwise_gradients(self, dtype, case, channels_last, monkeypatch):
+        sentinel(monkeypatch)
+        check_depthwise_gradients(dtype, self.device, case, channels_last)
+
+    def test_splits_of_a_weight_gradient(self, monkeypatch):
+        check_splits(self.device, monkeypatch)
+
+    def test_gradients_stay_local(self):
+        check_gradients_stay_local(self.device)
+
+    @pytest.mark.parametrize("op", DIFFERENTIATED)
+    def test_backward(self, op):
+        check_backward(op, self.device)
+
+    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
     @pytest.mark.parametrize("case", POINTWISE, ids=str)
     def test_pointwise(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
@@ -224,6 +338,7 @@ class Checks:
         monkeypatch.setattr(launch, "INT32_MAX", 0)
         sentinel(monkeypatch)
         check_depthwise(dtype, self.device, DEPTHWISE[3], True)
+        check_depthwise_gradients(dtype, self.device, GRADIENTS[2], True)
         check_fire_expand(dtype, self.device, FIRE_EXPAND[1], True)
 
     def test_empty_batch(self, dtype):

@@ -70,6 +70,18 @@ def test_every_tile_is_chosen_and_no_other(op, arch):
     assert {(dtype.replace("tf32", "f32") if op == "depthwise" else dtype, tile) for dtype, tile in chosen} == shipped(op, arch)
 
 
+@pytest.mark.parametrize("kernel", configs.DEPTHWISE_WEIGHT)
+def test_every_tile_of_a_depthwise_weight_is_chosen_and_fits_its_kernel(kernel):
+    chosen = {
+        configs.config(configs.Problem("depthwise_backward_weight", dtype, 14, 14, channels, channels, kernel), arch)
+        for arch in configs.ARCHITECTURES
+        for dtype in ("f32", "f16", "bf16")
+        for channels in (1, 3, 16, 24, 32, 64, 72, 96, 960)
+    }
+    assert chosen == {tile for tiles in configs.DEPTHWISE_WEIGHT[kernel].values() for tile in tiles}
+    assert all(kernel % tile.tap_rows == 0 for tile in chosen)
+
+
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 @pytest.mark.parametrize("op", configs.BLOCKS)
 def test_every_block_gets_a_tile_of_its_table(op, arch):

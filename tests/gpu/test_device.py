@@ -30,6 +30,8 @@ class TestDevice(cases.Checks, blocks.BlockChecks):
 
 ARGUMENTS = {
     "depthwise": lambda r: (r(2, 24, 9, 11), r(24, 1, 5, 5), r(24), (2, 1), (2, 1), "hardswish"),
+    "depthwise_backward_input": lambda r: (r(2, 24, 5, 11), r(24, 1, 5, 5), (9, 11), (2, 1), (2, 2)),
+    "depthwise_backward_weight": lambda r: (r(2, 24, 5, 11), r(2, 24, 9, 11), (5, 5), (2, 1), (2, 2)),
     "pointwise": lambda r: (r(2, 24, 9, 11), r(40, 24, 1, 1), r(40), r(2, 40, 9, 11), "relu6"),
     "fire_expand": lambda r: (r(2, 16, 9, 11), r(64, 16, 1, 1), r(64), r(64, 16, 3, 3), r(64)),
     "fire": lambda r: (r(2, 24, 9, 11), r(16, 24, 1, 1), r(16), r(64, 16, 1, 1), r(64), r(64, 16, 3, 3), r(64)),
@@ -40,7 +42,9 @@ ARGUMENTS = {
     "stem": lambda r: (r(2, 3, 19, 21), r(24, 3, 3, 3), r(24), (2, 2), (1, 1), "hardswish"),
     "global_avg_pool": lambda r: (r(2, 40, 9, 11),),
 }  # fmt: skip
-BLOCKS = ("fire", "separable", "inverted_residual")  # their launchers choose: one kernel or several
+# Operators in a file of another name; the blocks' launchers choose: one kernel or several.
+FILES = dict.fromkeys(("fire", "separable", "inverted_residual"), "blocks")
+FILES |= dict.fromkeys(("depthwise_backward_input", "depthwise_backward_weight"), "depthwise_backward")
 
 
 def arguments(op, dtype, layout=torch.contiguous_format, requires_grad=False):
@@ -73,7 +77,7 @@ def test_operator(op, dtype, layout):
 def test_operator_runs_triton(op, monkeypatch):
     import importlib
 
-    module = importlib.import_module(f"fastconv.kernels.gpu.{'blocks' if op in BLOCKS else op}")
+    module = importlib.import_module(f"fastconv.kernels.gpu.{FILES.get(op, op)}")
     launched = []
     kernel = getattr(module, op)
     monkeypatch.setattr(module, op, lambda **given: launched.append(op) or kernel(**given))

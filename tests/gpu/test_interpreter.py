@@ -216,6 +216,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         for arguments in ((x.double(), weight.double()), (x, weight, None, (3, 3)), (x, weight, None, (1, 1), (3, 3))):
             with pytest.raises(RuntimeError, match="depthwise: FASTCONV_BACKEND=triton does not cover"):
                 torch.ops.fastconv.depthwise(*arguments)
+        grad, weight, geometry = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 7, 7), ((1, 1), (3, 3))
+        with pytest.raises(RuntimeError, match="depthwise_backward_input: FASTCONV_BACKEND=triton does not cover a 7 x 7 kernel"):
+            torch.ops.fastconv.depthwise_backward_input(grad, weight, (8, 8), *geometry)
+        with pytest.raises(RuntimeError, match="depthwise_backward_weight: FASTCONV_BACKEND=triton does not cover a 7 x 7 kernel"):
+            torch.ops.fastconv.depthwise_backward_weight(grad, grad, (7, 7), *geometry)
 
 else:
 
