@@ -2,8 +2,8 @@
 
     python benchmarks/training.py [--nets mobilenet_v2,...] [--batch 16] [--threads 2] [--rounds 15] [--json FILE]
 
-Every way of running has a process of its own; in each round they take one step each. Ratios are medians over the rounds, that way's time over
-fastconv's; memory is the process's peak beyond what it had before its first step.
+Every way of running has a process of its own; in each round they take one step each. Ratios are medians over the rounds, that way's time
+over fastconv's; memory is the process's peak beyond what it had before its first step.
 """
 
 import json

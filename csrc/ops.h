@@ -56,13 +56,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   OptionalString input_activation, Tensor weight, OptionalTensor residual,
                                                                   Ints stride, Ints padding, bool needs_input, bool needs_weight,
                                                                   bool needs_bias, OptionalTensor out);
-Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
-                     OptionalTensor bias3x3, OptionalTensor out);
+Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1,
+                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor out);
 Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
-                                                                                          Tensor squeeze_weight, OptionalTensor squeeze_bias,
-                                                                                          Tensor weight1x1, Tensor weight3x3,
-                                                                                          bool needs_input, OptionalTensor out);
+                                                                                          Tensor squeeze_weight,
+                                                                                          OptionalTensor squeeze_bias, Tensor weight1x1,
+                                                                                          Tensor weight3x3, bool needs_input,
+                                                                                          OptionalTensor out);
 
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);

@@ -60,9 +60,7 @@ Activated activated_image(const Image& x, const OptionalTensor& norm, Activation
   return {x.data, channels, channels, row(norm, scale_row), row(norm, shift_row), activation, gate ? data(*gate) : nullptr};
 }
 
-Tensor empty_image(const Shape& shape) {
-  return Result(shape.n, shape.c, shape.h, shape.w, floats({0}), Output::channels_last).done();
-}
+Tensor empty_image(const Shape& shape) { return Result(shape.n, shape.c, shape.h, shape.w, floats({0}), Output::channels_last).done(); }
 Tensor nothing() { return floats({0}); }
 
 // Where a result goes: memory that the caller brings, or its own.
@@ -108,8 +106,7 @@ int64_t multiply_adds(const Geometry& g) {
 }
 
 Windows windows(const Geometry& g, const Image& x, const Ints& stride, const Ints& padding) {
-  return {x.data,   g.in.h,     g.in.w,     g.in.c,    g.out.h,   g.out.w,
-          g.kernel_h, g.kernel_w, stride[0], stride[1], padding[0], padding[1]};
+  return {x.data, g.in.h, g.in.w, g.in.c, g.out.h, g.out.w, g.kernel_h, g.kernel_w, stride[0], stride[1], padding[0], padding[1]};
 }
 
 // Panels of a dense convolution's weight as a matrix product over its windows, or, `transposed`, of (Cin, Cout) for the input gradient.
@@ -156,7 +153,8 @@ Tensor unpack_windows(const Tensor& product, int64_t inputs, int64_t kernel_h, i
 }
 
 // gamma / sqrt(variance + eps) and so on, and the running statistics as torch moves them on.
-void make_norm(const float* mean, const float* variance, const OptionalTensor& gamma, const OptionalTensor& beta, double eps, Tensor& norm) {
+void make_norm(const float* mean, const float* variance, const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+               Tensor& norm) {
   const int64_t channels = norm.size(1);
   float* const to = mutable_data(norm);
   for (int64_t c = 0; c < channels; ++c) {
@@ -185,7 +183,8 @@ std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, Op
   check_vector(op, "running_var", running_var, channels);
   check(norm != Norm::running || (running_mean && running_var), op, "running_mean and running_var must be given for norm 2");
   check(norm == Norm::none || !activation, op, "activation must be None where a norm follows: nothing is activated yet");
-  const Activation before = parse_activation(op, "input_activation", input_activation), after = parse_activation(op, "activation", activation);
+  const Activation before = parse_activation(op, "input_activation", input_activation),
+                   after = parse_activation(op, "activation", activation);
   const OptionalTensor gates = by_image(op, "gate", gate, g.in.n, g.in.c);
   const int64_t pixels = g.out.n * g.out.h * g.out.w;
   Tensor y = result_image(op, out, g.out);
@@ -200,8 +199,9 @@ std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, Op
     if (g.kind == Geometry::depthwise) {
       const Image image(x);
       const Tensor taps = pack_taps(weight);
-      const Depthwise shape{nullptr,    0,          0,          g.in.h,     g.in.h, g.in.w, g.in.c, g.out.w, g.kernel_h, stride[0], stride[1],
-                            padding[0], padding[1], data(taps), data(biases), after,  mutable_data(y), channels, g.out.w * channels};
+      const Depthwise shape{
+          nullptr,   0,          0,          g.in.h,     g.in.h,       g.in.w, g.in.c,          g.out.w,  g.kernel_h,        stride[0],
+          stride[1], padding[0], padding[1], data(taps), data(biases), after,  mutable_data(y), channels, g.out.w * channels};
       return run_training_depthwise(activated_image(image, input_norm, before, gates), shape, g.in.n, g.out.h, statistics, parallel);
     }
     const Tensor panels = pack_training_panels(weight, false, parallel);
@@ -277,8 +277,19 @@ struct Arriving {
     const Activation parsed = parse_activation(op, "activation", activation);
     check(norm || parsed == Activation::none || parsed == Activation::relu || parsed == Activation::relu6, op,
           "activation must be None, 'relu' or 'relu6' without a norm: the others do not show in their result");
-    gradient = {dz.data, shape.c, add ? data(*add) : nullptr, y.data, shape.c, shape.c, row(norm, scale_row), row(norm, shift_row),
-                parsed,  nullptr, nullptr,                    nullptr,     nullptr};
+    gradient = {dz.data,
+                shape.c,
+                add ? data(*add) : nullptr,
+                y.data,
+                shape.c,
+                shape.c,
+                row(norm, scale_row),
+                row(norm, shift_row),
+                parsed,
+                nullptr,
+                nullptr,
+                nullptr,
+                nullptr};
   }
 };
 
@@ -310,7 +321,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
   Arriving arriving(op, dz, add, y, norm, activation);
   const int64_t channels = g.out.c, pixels = g.out.n * g.out.h * g.out.w;
 
-  // dy = scale * (dz' - mean(dz') - (y - mean) * rstd^2 * mean(dz' * (y - mean))), Ioffe and Szegedy, 2015; by running statistics, scale * dz'.
+  // dy = scale * (dz' - mean(dz') - (y - mean) * rstd^2 * mean(dz' * (y - mean))), Ioffe and Szegedy, 2015; by running statistics, scale *
+  // dz'.
   std::vector<float> means(norm ? 2 * channels : 0);  // offset, slope
   if (sums) {
     check_floats(op, "sums", *sums);
@@ -354,24 +366,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
     const Tensor flipped = needs_input ? flip_taps(pack_taps(weight)) : nothing();
     Tensor packed = floats({taps, channels});
     const Activated input = activated_image(image, input_norm, before);
-    const DepthwiseBackward backward{g.in.n,
-                                     g.in.h,
-                                     g.in.w,
-                                     channels,
-                                     g.out.h,
-                                     g.out.w,
-                                     g.kernel_h,
-                                     stride[0],
-                                     stride[1],
-                                     padding[0],
-                                     padding[1],
-                                     arriving.gradient,
-                                     input,
-                                     needs_weight ? mutable_data(packed) : nullptr,
-                                     needs_input ? data(flipped) : nullptr,
-                                     data(no_bias),
-                                     needs_input ? mutable_data(dx) : nullptr,
-                                     {kind, input, row(input_norm, mean_row), kind == Through::nothing ? nullptr : mutable_data(through_sums)}};
+    const DepthwiseBackward backward{
+        g.in.n,
+        g.in.h,
+        g.in.w,
+        channels,
+        g.out.h,
+        g.out.w,
+        g.kernel_h,
+        stride[0],
+        stride[1],
+        padding[0],
+        padding[1],
+        arriving.gradient,
+        input,
+        needs_weight ? mutable_data(packed) : nullptr,
+        needs_input ? data(flipped) : nullptr,
+        data(no_bias),
+        needs_input ? mutable_data(dx) : nullptr,
+        {kind, input, row(input_norm, mean_row), kind == Through::nothing ? nullptr : mutable_data(through_sums)}};
     in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) { run_depthwise_backward(backward, parallel); });
     Tensor dweight = needs_weight ? floats({channels, 1, g.kernel_h, g.kernel_w}) : nothing();
     if (needs_weight) {
@@ -460,8 +473,8 @@ struct FireShapes {
 
 }  // namespace
 
-Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
-                     OptionalTensor bias3x3, OptionalTensor out) {
+Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1,
+                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor out) {
   const char* op = "training_fire";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
@@ -494,9 +507,10 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
-                                                                                          Tensor squeeze_weight, OptionalTensor squeeze_bias,
-                                                                                          Tensor weight1x1, Tensor weight3x3,
-                                                                                          bool needs_input, OptionalTensor out) {
+                                                                                          Tensor squeeze_weight,
+                                                                                          OptionalTensor squeeze_bias, Tensor weight1x1,
+                                                                                          Tensor weight3x3, bool needs_input,
+                                                                                          OptionalTensor out) {
   const char* op = "training_fire_backward";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
@@ -535,17 +549,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
     const Activated middle{data(squeezed), f.squeezed, f.squeezed, nullptr, nullptr, Activation::relu, nullptr};
     const Through nothing_more{Through::nothing, middle, nullptr, nullptr};
     const Tensor direct = pack_panels(turned), winograd = pack_training_winograd(turned, parallel);
-    run_window_backward({f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(direct), data(winograd), data(zeros), mutable_data(dsqueezed),
-                         f.squeezed},
-                        parallel);
+    run_window_backward(
+        {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(direct), data(winograd), data(zeros), mutable_data(dsqueezed), f.squeezed},
+        parallel);
     const WindowRows windows({data(squeezed), f.in.h, f.in.w, f.squeezed, f.in.h, f.in.w, 3, 3, 1, 1, 1, 1});
     run_product_backward({f.in.n, image_pixels, expand(f.out1, f.out3), &windows, mutable_data(product3), mutable_data(dbias3), nullptr,
                           nullptr, nullptr, nullptr, 9 * f.squeezed, nothing_more},
                          parallel);
     const PixelRows middle_rows(middle, image_pixels);
     const Tensor panels1 = pack_training_panels(weight1x1, true, parallel);
-    run_product_backward({f.in.n, image_pixels, expand(0, f.out1), &middle_rows, mutable_data(dweight1), mutable_data(dbias1), data(panels1),
-                          data(zeros), data(dsqueezed), mutable_data(dsqueezed), f.squeezed,
+    run_product_backward({f.in.n,
+                          image_pixels,
+                          expand(0, f.out1),
+                          &middle_rows,
+                          mutable_data(dweight1),
+                          mutable_data(dbias1),
+                          data(panels1),
+                          data(zeros),
+                          data(dsqueezed),
+                          mutable_data(dsqueezed),
+                          f.squeezed,
                           {Through::activation, middle, nullptr, mutable_data(sums)}},
                          parallel);
 
@@ -555,8 +578,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
     g.dz_stride = g.y_stride = g.channels = f.squeezed;
     g.activation = Activation::none;
     const Tensor panels = needs_input ? pack_training_panels(squeeze_weight, true, parallel) : nothing();
-    run_product_backward({f.in.n, image_pixels, g, &input, mutable_data(dsqueeze), nullptr, needs_input ? data(panels) : nullptr, data(zeros),
-                          nullptr, needs_input ? mutable_data(dx) : nullptr, f.in.c, nothing_more},
+    run_product_backward({f.in.n, image_pixels, g, &input, mutable_data(dsqueeze), nullptr, needs_input ? data(panels) : nullptr,
+                          data(zeros), nullptr, needs_input ? mutable_data(dx) : nullptr, f.in.c, nothing_more},
                          parallel);
   });
   std::memcpy(mutable_data(dsqueeze_bias), data(sums), f.squeezed * sizeof(float));
@@ -575,8 +598,8 @@ Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding
     const int64_t most = (size + 2 * padding - 3 + stride - 1) / stride + 1;
     return out_size > 0 && out_size <= most && (out_size - 1) * stride < size + padding;
   };
-  check(pooled.n == in.n && pooled.c == in.c && fits(in.h, pooled.h, stride[0], padding[0]) && fits(in.w, pooled.w, stride[1], padding[1]), op,
-        "dz must be of the pooled image's shape, got ", pooled, " for x ", in);
+  check(pooled.n == in.n && pooled.c == in.c && fits(in.h, pooled.h, stride[0], padding[0]) && fits(in.w, pooled.w, stride[1], padding[1]),
+        op, "dz must be of the pooled image's shape, got ", pooled, " for x ", in);
   const Image image(x), arriving(dz);
   Tensor dx = result_image(op, out, in);
   float* const to = mutable_data(dx);

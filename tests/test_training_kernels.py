@@ -15,10 +15,10 @@ from test_training import check, cotangent, randomised, step, terms_of
 from torch import nn
 
 import fastconv
-from fastconv import _extension
+from fastconv import _buffers, _extension
+from fastconv._buffers import Buffers
 from fastconv.models import mobilenet_v3
-from fastconv.nn import _buffers, _training
-from fastconv.nn._buffers import Buffers
+from fastconv.nn import _training
 from fastconv.nn._training import TrainedSequential
 
 pytestmark = pytest.mark.skipif(not _extension.available, reason="needs the compiled extension")

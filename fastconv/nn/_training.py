@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastconv import _extension, reference
-from fastconv.nn._buffers import buffers
+from fastconv._buffers import buffers
 from fastconv.nn._conv import KernelConv2d
 from fastconv.optimize.plan import plain
 
@@ -353,9 +353,11 @@ class _Chain(torch.autograd.Function):
             if needs_gamma:
                 gradients[4 * i + 2] = sums[1] * norm[3]
             if needs_bias and not in_product:
-                gradients[4 * i + 1] = {_NONE: lambda: sums[0].clone(), _BATCH: lambda: torch.zeros_like(bias), _RUNNING: lambda: sums[0] * norm[0]}[
-                    kind
-                ]()
+                gradients[4 * i + 1] = {
+                    _NONE: lambda: sums[0].clone(),
+                    _BATCH: lambda: torch.zeros_like(bias),
+                    _RUNNING: lambda: sums[0] * norm[0],
+                }[kind]()
             if not (earlier or needs_weight or in_product):
                 break
             input_norm = norms[i]
@@ -396,7 +398,6 @@ class _Chain(torch.autograd.Function):
             through = input_norm is not None and i > 0
             sums = made if through else None
         return (dz if needs_x else None, None, dgate if needs_gate else None, None, dresidual, None, None, *gradients)
-
 
     @staticmethod
     def differentiable_backward(ctx, dz, dmeans):
@@ -509,9 +510,7 @@ class _Fire(torch.autograd.Function):
             inputs = (x, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
             return tuple(_vjp(reference.fire, inputs, ctx.needs_input_grad, dz))
         dx = buffers.image(x.shape) if ctx.needs_input_grad[0] else None
-        _, *gradients = torch.ops.fastconv.training_fire_backward(
-            dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx
-        )
+        _, *gradients = torch.ops.fastconv.training_fire_backward(dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx)
         gradients = (dx, *gradients)
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastconv._buffers import buffers
 from fastconv.optimize.plan import Plan, plain
 from fastconv.optimize.traced import Traced, compiled, exporting
 
@@ -49,6 +50,8 @@ class Planned(Traced):
     def train(self, mode: bool = True) -> Planned:
         if any(module.training != mode for module in self.modules()):
             self._plan = None
+            if not mode:
+                buffers.clear()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Planned:

@@ -1,7 +1,7 @@
 // Training: what lies between the products. Included per ISA.
 //
-// Every loop takes four pixels at a time, so that a channel's constants are loaded once for four vectors of the image: these kernels run at the
-// speed of the memory that feeds them. (Arguments are copied first: a store of floats could change what a reference refers to.)
+// Every loop takes four pixels at a time, so that a channel's constants are loaded once for four vectors of the image: these kernels run at
+// the speed of the memory that feeds them. (Arguments are copied first: a store of floats could change what a reference refers to.)
 #pragma once
 
 #include "kernels/cpu/epilogue.h"
@@ -182,8 +182,8 @@ inline void gradient(const Gradient& op, int64_t pixels, float* to, Strides to_s
           store(to + to_strides.at(p + i, c), factor * ((dz - offset) - (y - mean) * slope));
         });
       } else {
-        activation_gradients<A, PIXELS, WHOLE>(
-            g, p, c, lanes, [&](int i, vec dz, vec) FASTCONV_LAMBDA_INLINE { store(to + to_strides.at(p + i, c), dz); });
+        activation_gradients<A, PIXELS, WHOLE>(g, p, c, lanes,
+                                               [&](int i, vec dz, vec) FASTCONV_LAMBDA_INLINE { store(to + to_strides.at(p + i, c), dz); });
       }
     });
   });
@@ -338,8 +338,8 @@ void depthwise_gradient_rows(const DepthwiseGradient& op, Range out_rows) {
       for (int64_t kh = 0; kh < K; ++kh) {
         const int64_t h = oh * op.stride_h - op.pad_h + kh;
         if (h < 0 || h >= op.height) continue;
-        depthwise_gradient_row<K>(op.z + h % op.z_ring_rows * op.z_row_stride + op.z_strides.at(0, c), dy, op.width, op.out_width, op.stride_w,
-                                  op.pad_w, op.sums + kh * K * op.sums_stride + c, op.sums_stride);
+        depthwise_gradient_row<K>(op.z + h % op.z_ring_rows * op.z_row_stride + op.z_strides.at(0, c), dy, op.width, op.out_width,
+                                  op.stride_w, op.pad_w, op.sums + kh * K * op.sums_stride + c, op.sums_stride);
       }
     }
 }
@@ -349,7 +349,8 @@ inline void depthwise_gradient(const DepthwiseGradient& op, Range out_rows) {
   depthwise_gradient_rows<5>(op, out_rows);
 }
 
-// dy of one window and vector of channels, to the first maximum of its rows x columns; x and dx stand at the window's first pixel. ALL: 3 x 3.
+// dy of one window and vector of channels, to the first maximum of its rows x columns; x and dx stand at the window's first pixel. ALL: 3
+// x 3.
 template <bool ALL, bool WHOLE>
 FASTCONV_INLINE void max_pool_window(const float* x, const float* dy, float* dx, int64_t rows, int64_t columns, int64_t row, int64_t pixel,
                                      int lanes) {

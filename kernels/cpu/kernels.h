@@ -128,8 +128,8 @@ struct MaxPool {
   Strides out_strides;
 };
 
-// Training. A layer keeps its raw sums y; the image that y stands for, z = activation(scale * y + shift) * gate, is made again wherever it is
-// read. Channels innermost; pointers stand at the first of `channels`, those that are one float a channel are dense.
+// Training. A layer keeps its raw sums y; the image that y stands for, z = activation(scale * y + shift) * gate, is made again wherever it
+// is read. Channels innermost; pointers stand at the first of `channels`, those that are one float a channel are dense.
 struct Activated {
   const float* y;
   int64_t stride;  // floats between pixels
@@ -140,8 +140,8 @@ struct Activated {
   FASTCONV_SHARED bool plain() const { return !scale && !gate; }
 };
 
-// The gradient of a layer's sums: factor * (dz' - offset - (y - mean) * slope) with dz' = (dz + add) * activation'(scale * y + shift). Where
-// scale is null y is the activation's result: none, relu or relu6. Where factor is null it is dz' itself.
+// The gradient of a layer's sums: factor * (dz' - offset - (y - mean) * slope) with dz' = (dz + add) * activation'(scale * y + shift).
+// Where scale is null y is the activation's result: none, relu or relu6. Where factor is null it is dz' itself.
 struct Gradient {
   const float* dz;
   int64_t dz_stride;
@@ -165,8 +165,8 @@ struct ProductGradient {
   int64_t sums_stride;
 };
 
-// sums[tap, c] += sum over output pixels of dy * z under that tap. Images are blocked, in rings of rows; output pixel (h, w) of dy stands at
-// row h * stride_h, pixel w * stride_w: where the input gradient, a convolution of stride 1 over the same buffer, wants it.
+// sums[tap, c] += sum over output pixels of dy * z under that tap. Images are blocked, in rings of rows; output pixel (h, w) of dy stands
+// at row h * stride_h, pixel w * stride_w: where the input gradient, a convolution of stride 1 over the same buffer, wants it.
 struct DepthwiseGradient {
   const float *z, *dy;
   Strides z_strides, dy_strides;

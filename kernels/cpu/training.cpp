@@ -126,7 +126,8 @@ void WindowRows::rows(Range pixels, float* to, Strides to_strides) const {
   const Windows& w = windows_;
   const int64_t image_pixels = w.out_height * w.out_width, row = w.kernel_w * w.channels, rest = padded(depth()) - depth();
   for (int64_t p = pixels.begin; p < pixels.end; ++p, to += to_strides.pixel) {
-    const int64_t n = p / image_pixels, h = p % image_pixels / w.out_width * w.stride_h - w.pad_h, x = p % w.out_width * w.stride_w - w.pad_w;
+    const int64_t n = p / image_pixels, h = p % image_pixels / w.out_width * w.stride_h - w.pad_h,
+                  x = p % w.out_width * w.stride_w - w.pad_w;
     const float* const from = w.x + ((n * w.height + h) * w.width + x) * w.channels;
     const int64_t left = std::clamp<int64_t>(-x, 0, w.kernel_w), right = std::clamp<int64_t>(w.width - x, left, w.kernel_w);
     for (int64_t kh = 0; kh < w.kernel_h; ++kh) {
@@ -200,7 +201,8 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
         const Range strip = strips[i];
         make_gradient(op.gradient, strip, op.image_pixels, dy, dy_stride);
         if (op.dbias) {
-          const Gradient same{dy, dy_stride, nullptr, dy, dy_stride, outputs, nullptr, nullptr, Activation::none, nullptr, nullptr, nullptr, nullptr};
+          const Gradient same{dy,      dy_stride,        nullptr, dy,      dy_stride, outputs, nullptr,
+                              nullptr, Activation::none, nullptr, nullptr, nullptr,   nullptr};
           k.gradient_sums(same, strip.size(), nullptr, bias_sums + 2 * i * outputs, bias_sums + (2 * i + 1) * outputs);
         }
         if (op.dweight) {
@@ -284,7 +286,8 @@ void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
 
 namespace {
 
-// Rows of an image that one piece of a depthwise convolution makes: all, or as many as leave enough pieces for the threads of a large machine.
+// Rows of an image that one piece of a depthwise convolution makes: all, or as many as leave enough pieces for the threads of a large
+// machine.
 int64_t rows_a_piece(int64_t batch, int64_t height) {
   constexpr int64_t PIECES = 32, LEAST = 8;  // of fewer rows, the halo would cost a quarter
   return std::min(height, std::max(LEAST, ceil_div(height, ceil_div(PIECES, std::max<int64_t>(batch, 1)))));
@@ -407,30 +410,14 @@ void run_depthwise_backward(const DepthwiseBackward& op, const Parallel& paralle
         oh = std::max(oh, oh_end);
         if (!op.flipped_taps) continue;
         float* const dx = op.dx + (n * op.height + h) * op.width * channels;
-        k.depthwise({dy.data,
-                     dy.strides,
-                     dy.row_stride,
-                     dy.rows,
-                     spread_height,
-                     spread_width,
-                     channels,
-                     op.width,
-                     op.kernel,
-                     1,
-                     1,
-                     op.kernel - 1 - op.pad_h,
-                     op.kernel - 1 - op.pad_w,
-                     op.flipped_taps,
-                     op.zeros,
-                     Activation::none,
-                     dx,
-                     channels,
+        k.depthwise({dy.data, dy.strides, dy.row_stride, dy.rows, spread_height, spread_width, channels, op.width, op.kernel, 1, 1,
+                     op.kernel - 1 - op.pad_h, op.kernel - 1 - op.pad_w, op.flipped_taps, op.zeros, Activation::none, dx, channels,
                      op.width * channels},
                     {h, last}, {0, channels});
         float* const part = through_sums + i * through_floats;
         if (op.through.kind == Through::activation)
-          k.through_activation(at(op.through.image, (n * op.height + h) * op.width, n), (last - h) * op.width, op.through.mean, dx, channels,
-                               part, part + channels);
+          k.through_activation(at(op.through.image, (n * op.height + h) * op.width, n), (last - h) * op.width, op.through.mean, dx,
+                               channels, part, part + channels);
       }
     }
   });
@@ -482,8 +469,8 @@ void run_gradient_sums(const Gradient& gradient, int64_t batch, int64_t image_pi
   std::memset(parts, 0, strips.number * 2 * channels * sizeof(float));
   parallel.split(strips.number, 1, 1, [&](Range range) {
     for (int64_t i = range.begin; i < range.end; ++i)
-      kernels().gradient_sums(at(gradient, strips[i].begin, strips[i].begin / image_pixels), strips[i].size(), mean, parts + 2 * i * channels,
-                              parts + (2 * i + 1) * channels);
+      kernels().gradient_sums(at(gradient, strips[i].begin, strips[i].begin / image_pixels), strips[i].size(), mean,
+                              parts + 2 * i * channels, parts + (2 * i + 1) * channels);
   });
   add_sums(parts, strips.number, 2 * channels, 2 * channels, sums, parallel);
 }

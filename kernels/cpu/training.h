@@ -70,10 +70,10 @@ struct Through {
 
 struct ProductBackward {
   int64_t batch, image_pixels;
-  Gradient gradient;       // of the output; add: (batch, channels) or null
-  const InputRows* input;  // for the weights' gradient
-  float* dweight;          // (outputs, inputs), or null
-  float* dbias;            // (outputs,), or null
+  Gradient gradient;               // of the output; add: (batch, channels) or null
+  const InputRows* input;          // for the weights' gradient
+  float* dweight;                  // (outputs, inputs), or null
+  float* dbias;                    // (outputs,), or null
   const float* transposed_panels;  // of (inputs, outputs), or null: no input gradient
   const float* zeros;              // inputs
   const float* residual;           // added to the input's gradient, or null; pixels dense
@@ -86,7 +86,7 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel);
 // The input gradient of a 3x3 convolution with padding 1: a convolution of dy, zeros around it, with the taps flipped.
 struct WindowBackward {
   int64_t batch, height, width;
-  Gradient gradient;  // of the output
+  Gradient gradient;               // of the output
   const float *panels, *winograd;  // of the flipped weight (inputs, outputs, 3, 3), outputs up to a multiple of 16 with zeros
   const float* zeros;              // inputs
   float* dx;                       // pixels dense
@@ -101,9 +101,9 @@ void run_training_depthwise(const Activated& image, const Depthwise& geometry, i
 struct DepthwiseBackward {
   int64_t batch, height, width, channels, out_height, out_width;
   int64_t kernel, stride_h, stride_w, pad_h, pad_w;
-  Gradient gradient;  // of the output
-  Activated image;    // the input; y null: no gradient of the weights is wanted
-  float* dweight;     // (K * K, channels), or null
+  Gradient gradient;          // of the output
+  Activated image;            // the input; y null: no gradient of the weights is wanted
+  float* dweight;             // (K * K, channels), or null
   const float* flipped_taps;  // or null: no input gradient
   const float* zeros;         // channels
   float* dx;                  // pixels dense

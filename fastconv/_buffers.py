@@ -1,7 +1,7 @@
 """Memory for images of a training step that stays from step to step.
 
-A step of MobileNet V2 at batch 16 stores and frees 1 GB of images; large blocks go back to the system each time, and come again one page fault
-for every 4 KiB (SqueezeNet 1.1: 160 ms a step with fresh memory, 143 ms without the faults; plain torch 185 and 147).
+A step of MobileNet V2 at batch 16 stores and frees 1 GB of images; large blocks go back to the system each time, and come again one page
+fault for every 4 KiB (SqueezeNet 1.1: 160 ms a step with fresh memory, 143 ms without the faults; plain torch 185 and 147).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Buffers:
         self._clock += 1
         if self._clock % _IDLE == 0:
             self._blocks = [entry for entry in self._blocks if self._clock - entry[1] < _IDLE]
-        i = bisect_left(self._blocks, count, key=lambda entry: entry[0])
-        for i in range(i, len(self._blocks)):
+        first = bisect_left(self._blocks, count, key=lambda entry: entry[0])
+        for i in range(first, len(self._blocks)):
             size, _, block = self._blocks[i]
             if size > 2 * count:
                 break
@@ -59,8 +59,7 @@ class Buffers:
                 self._blocks[i] = (size, self._clock, block)
                 return block
         block = torch.empty(count)
-        i = bisect_left(self._blocks, count, key=lambda entry: entry[0])
-        self._blocks.insert(i, (count, self._clock, block))
+        self._blocks.insert(first, (count, self._clock, block))
         return block
 
 
