@@ -339,7 +339,7 @@ class _Chain(torch.autograd.Function):
         dgate = None
         for i in reversed(range(count)):
             layer, kind = ctx.layers[i], ctx.statistics[i]
-            weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+            weight, bias = parameters[4 * i : 4 * i + 2]
             needs_weight, needs_bias, needs_gamma, needs_beta = needed[4 * i : 4 * i + 4]
             earlier = needs_x or needs_gate or any(needed[: 4 * i])
             activation = None if through else layer.activation
@@ -353,11 +353,8 @@ class _Chain(torch.autograd.Function):
             if needs_gamma:
                 gradients[4 * i + 2] = sums[1] * norm[3]
             if needs_bias and not in_product:
-                gradients[4 * i + 1] = {
-                    _NONE: lambda: sums[0].clone(),
-                    _BATCH: lambda: torch.zeros_like(bias),
-                    _RUNNING: lambda: sums[0] * norm[0],
-                }[kind]()
+                # Of no norm, or a frozen one; the batch's mean takes a bias out again.
+                gradients[4 * i + 1] = torch.zeros_like(bias) if kind == _BATCH else sums[0] * (1.0 if norm is None else norm[0])
             if not (earlier or needs_weight or in_product):
                 break
             input_norm = norms[i]
