@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/gpu
+MINUTES ?= 8.5
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c requirements/constraints.txt
 EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kernels/cpu/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu peers bench-ops bench-pointwise lint format wheel clean
+.PHONY: help demo test exact sanitize mutants fuzz gpu peers bench-ops bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -19,6 +20,18 @@ demo: $(VENV)/.built  ## six networks on real photographs: logits and times besi
 
 test: $(VENV)/.built  ## every test but the slow ones (ARGS="-k pointwise", ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
+
+exact:  ## a million cases of the kernels on integers, with no tolerance, between unmapped pages (ARGS="--list", "--op depthwise")
+	$(PYTHON) tests/core/programs.py exact $(ARGS)
+
+sanitize:  ## the kernels' edge cases under the address, undefined, thread and memory sanitizers (ARGS="address")
+	$(PYTHON) tests/core/programs.py sanitize $(ARGS)
+
+mutants: $(VENV)/.built  ## breaks the sources in a hundred ways and lists which test notices (ARGS="-k depthwise", "--list")
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+fuzz: $(VENV)/.built  ## 100,000 drawn operators, layers and networks against ATen, hostile arguments, damaged checkpoints (ARGS="-k network")
+	FASTCONV_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -32,12 +45,12 @@ bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp)
 
 format: $(VENV)/.dev  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp)
 
 wheel: $(VENV)/.installed  ## a wheel for this machine's Python, in dist/
 	rm -rf build/lib.* build/bdist.*
@@ -87,9 +100,9 @@ GPU_PYTHON = $(BIN)/python
 GPU_READY = $(VENV)/.built
 endif
 
-gpu: $(GPU_READY)  ## GPU tests, then GPU benchmarks into OUT=out/gpu (PYTHON=python3: in that Python, offline)
+gpu: $(GPU_READY)  ## GPU tests and benchmarks into OUT=out/gpu within MINUTES=8.5 (PYTHON=python3: in that Python, offline)
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    mkdir -p "$(OUT)" && $(GPU_PYTHON) -m pytest -m gpu tests/gpu && $(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)"; \
+	    $(GPU_PYTHON) benchmarks/gpu_all.py --out "$(OUT)" --minutes $(MINUTES); \
 	else \
 	    echo "fastconv: torch sees no GPU on this machine (torch.cuda.is_available() is False); no GPU test or benchmark was run"; \
 	fi

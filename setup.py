@@ -1,4 +1,7 @@
-"""Builds the one extension, fastconv._C. Metadata is static, in pyproject.toml."""
+"""Builds the one extension, fastconv._C, and from the same objects libfastconv.so, its operators without Python, for C++ programs.
+
+Metadata is static, in pyproject.toml.
+"""
 
 import os
 import platform
@@ -35,6 +38,7 @@ ISAS = ISA_FLAGS.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machin
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 # Contraction gives every acc += x * w one FMA; no other fast-math, so NaN, Inf and -0 behave as in ATen.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+PYTHON_ONLY = ("module", "watch", "benchmark")  # sources of csrc that serve the Python module, not the operators
 HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
 
 
@@ -81,14 +85,26 @@ class Build(build_ext):
             objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(
-            objects,
-            target,
-            libraries=["c10", "torch", "torch_cpu"],
-            library_dirs=library_paths(),
-            extra_postargs=HARDENING,
-            target_lang="c++",
-        )
+        operators = [obj for obj in objects if Path(obj).stem not in PYTHON_ONLY]
+        for linked, path in ((objects, target), (operators, os.path.join(os.path.dirname(target), self.library))):
+            self.compiler.link_shared_object(
+                linked,
+                path,
+                libraries=["c10", "torch", "torch_cpu"],
+                library_dirs=library_paths(),
+                extra_postargs=HARDENING,
+                target_lang="c++",
+            )
+
+    library = "libfastconv.so"
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        package = self.get_finalized_command("build_py").get_package_dir("fastconv")
+        self.copy_file(os.path.join(self.build_lib, "fastconv", self.library), os.path.join(package, self.library))
+
+    def get_outputs(self):
+        return super().get_outputs() + [os.path.join(self.build_lib, "fastconv", self.library)]
 
 
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))

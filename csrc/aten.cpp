@@ -21,6 +21,27 @@ Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, c
   return call("aten::convolution", "", x, weight, bias, stride, padding, Ints{1, 1}, false, Ints{0, 0}, groups);
 }
 
+Tensor conv_backward(ConvGradient which, const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                     int64_t groups) {
+  const bool wanted[3] = {which == ConvGradient::input, which == ConvGradient::weight, false};
+  std::array<StableIValue, 11> stack{torch::stable::detail::from(grad),
+                                     torch::stable::detail::from(x),
+                                     torch::stable::detail::from(weight),
+                                     torch::stable::detail::from(std::nullopt),
+                                     torch::stable::detail::from(stride),
+                                     torch::stable::detail::from(padding),
+                                     torch::stable::detail::from(Ints{1, 1}),
+                                     torch::stable::detail::from(false),
+                                     torch::stable::detail::from(Ints{0, 0}),
+                                     torch::stable::detail::from(groups),
+                                     torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+  if (torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("fastconv: aten::convolution_backward failed on these arguments; its own message stands above");
+  Tensor gradients[3] = {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+                         torch::stable::detail::to<Tensor>(stack[2])};
+  return gradients[which == ConvGradient::input ? 0 : 1];
+}
+
 Tensor activate(const Tensor& x, const OptionalString& activation) {
   return activation ? call(("aten::" + *activation).c_str(), "", x) : x;
 }

@@ -6,6 +6,9 @@
 namespace fastconv::aten {
 
 Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride, const Ints& padding, int64_t groups);
+enum class ConvGradient { input, weight };
+Tensor conv_backward(ConvGradient which, const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                     int64_t groups);
 Tensor activate(const Tensor& x, const OptionalString& activation);
 Tensor add(const Tensor& x, const Tensor& y);
 Tensor cat_channels(const Tensor& x, const Tensor& y);

@@ -95,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("stem", TORCH_BOX(&fastconv::stem));
   m.impl("max_pool", TORCH_BOX(&fastconv::max_pool));
   m.impl("global_avg_pool", TORCH_BOX(&fastconv::global_avg_pool));
+  m.impl("depthwise_backward_input", TORCH_BOX(&fastconv::depthwise_backward_input));
+  m.impl("depthwise_backward_weight", TORCH_BOX(&fastconv::depthwise_backward_weight));
   m.impl("pack_panels", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_panels)));
   m.impl("pack_winograd", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_winograd)));
   m.impl("pack_taps", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_taps)));
@@ -104,11 +106,19 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   m.impl("fire_packed", TORCH_BOX(&fastconv::fire_packed));
   m.impl("inverted_residual_packed", TORCH_BOX(&fastconv::inverted_residual_packed));
   m.impl("stem_packed", TORCH_BOX(&fastconv::stem_packed));
+  m.impl("network", TORCH_BOX(&fastconv::network));
   m.impl("program_run", TORCH_BOX(&fastconv::program_run));
+  m.impl("training_conv", TORCH_BOX(&fastconv::training_conv));
+  m.impl("training_activated", TORCH_BOX(&fastconv::training_activated));
+  m.impl("training_means", TORCH_BOX(&fastconv::training_means));
+  m.impl("training_gradient_sums", TORCH_BOX(&fastconv::training_gradient_sums));
+  m.impl("training_max_pool_backward", TORCH_BOX(&fastconv::training_max_pool_backward));
+  m.impl("training_fire", TORCH_BOX(&fastconv::training_fire));
+  m.impl("training_fire_backward", TORCH_BOX(&fastconv::training_fire_backward));
+  m.impl("training_conv_backward", TORCH_BOX(&fastconv::training_conv_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by
   m.impl("program_new", TORCH_BOX(&fastconv::program_new));
-  m.impl("program_add", TORCH_BOX(&fastconv::program_add));
   m.impl("program_free", TORCH_BOX(&fastconv::program_free));
 }

@@ -1,6 +1,8 @@
 // Every operator's CPU implementation, in the order of fastconv/schemas.inc, and the checks they share.
 #pragma once
 
+#include <tuple>
+
 #include "csrc/aten.h"
 #include "csrc/steps.h"
 #include "csrc/tensor.h"
@@ -20,6 +22,8 @@ Tensor inverted_residual(Tensor x, Tensor expand_weight, OptionalTensor expand_b
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode);
 Tensor global_avg_pool(Tensor x);
+Tensor depthwise_backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints padding);
+Tensor depthwise_backward_weight(Tensor grad, Tensor x, Ints kernel_size, Ints stride, Ints padding);
 
 Tensor depthwise_packed(Tensor x, Tensor taps, Tensor bias, Ints stride, Ints padding, OptionalString activation);
 Tensor pointwise_packed(Tensor x, Tensor panels, Tensor bias, OptionalTensor residual, OptionalString activation);
@@ -32,15 +36,38 @@ Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, Optional
                                 OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation);
 Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation);
 
-// Whole networks (program.cpp), by number.
-int64_t program_new();
-void program_add(int64_t program, std::string op, std::vector<Tensor> weights, Ints numbers, std::string activations, int64_t x,
-                 int64_t residual, int64_t output);
+// Whole networks (program.cpp): by their weights and text, or compiled once and called by number.
+Tensor network(Tensor x, std::vector<Tensor> weights, std::string program);
+int64_t program_new(std::vector<Tensor> weights, std::string program);
 Tensor program_run(Tensor x, int64_t program);
 void program_free(int64_t program);
 
+// Training (training.cpp).
+std::tuple<Tensor, Tensor> training_conv(Tensor x, OptionalTensor input_norm, OptionalTensor gate, OptionalString input_activation,
+                                         Tensor weight, OptionalTensor bias, OptionalString activation, int64_t norm, OptionalTensor gamma,
+                                         OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var, double momentum,
+                                         double eps, Ints stride, Ints padding, OptionalTensor out);
+Tensor training_activated(Tensor y, Tensor norm, OptionalString activation, OptionalTensor residual, OptionalTensor out);
+Tensor training_means(Tensor y, Tensor norm, OptionalString activation);
+Tensor training_gradient_sums(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm, OptionalString activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, OptionalTensor add, Tensor y, OptionalTensor norm,
+                                                                  OptionalTensor sums, OptionalString activation, Tensor x,
+                                                                  OptionalTensor input_norm, OptionalTensor gate,
+                                                                  OptionalString input_activation, Tensor weight, OptionalTensor residual,
+                                                                  Ints stride, Ints padding, bool needs_input, bool needs_weight,
+                                                                  bool needs_bias, OptionalTensor out);
+Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1, Tensor weight3x3,
+                     OptionalTensor bias3x3, OptionalTensor out);
+Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
+                                                                                          Tensor squeeze_weight, OptionalTensor squeeze_bias,
+                                                                                          Tensor weight1x1, Tensor weight3x3,
+                                                                                          bool needs_input, OptionalTensor out);
+
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);
+
+Tensor flip_taps(const Tensor& taps);  // (K * K, C), turned by half: those of the input gradient
 
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
 // x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)

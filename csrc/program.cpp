@@ -6,8 +6,11 @@
 // Memory that a call leaves behind waits for the next one, so that steady state allocates nothing: glibc gives large blocks back to the
 // system and takes them again, one page fault per 4 KiB (SqueezeNet 1.1's stem alone: 0.5 ms with its pages, 5.3 ms without).
 #include <algorithm>
+#include <charconv>
+#include <iterator>
 #include <memory>
 #include <mutex>
+#include <sstream>
 #include <string>
 #include <unordered_map>
 
@@ -17,42 +20,57 @@ namespace fastconv {
 
 namespace {
 
-// A step's arguments in the order of its operator's schema: tensors apart, everything else as numbers and activation names.
+// One more when a packed operator's arguments or the order of packed weights in memory change: exported models hold both.
+constexpr const char* PROGRAM_FORMAT = "fastconv 1";
+
+// A step's arguments in the order of its operator's schema: the weights from the program's list, everything else as the step's words.
 class Reader {
  public:
-  Reader(std::vector<Tensor> weights, Ints numbers, const std::string& activations)
-      : weights_(std::move(weights)), numbers_(std::move(numbers)) {
-    for (size_t begin = 0; begin < activations.size();) {
-      const size_t end = activations.find(',', begin);
-      names_.push_back(activations.substr(begin, end - begin));
-      begin = end + 1;
-    }
+  Reader(const std::vector<Tensor>& weights, size_t& next_weight, std::vector<std::string> words)
+      : weights_(weights), next_weight_(next_weight), words_(std::move(words)) {}
+  Tensor tensor() {
+    check(next_weight_ < weights_.size(), "network", "the program wants more than its ", weights_.size(), " weights");
+    return weights_[next_weight_++];
   }
-  Tensor tensor() { return weights_.at(next_weight_++); }
   OptionalTensor optional_tensor() { return number() ? OptionalTensor(tensor()) : std::nullopt; }
   std::vector<Tensor> tensors() {
     std::vector<Tensor> list;
     for (int64_t count = number(); count > 0; --count) list.push_back(tensor());
     return list;
   }
-  int64_t number() { return numbers_.at(next_number_++); }
+  const std::string& word() {
+    check(next_word_ < words_.size(), "network", "a step of the program ends early: ", *this);
+    return words_[next_word_++];
+  }
+  int64_t number() {
+    const std::string& text = word();
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    check(error == std::errc{} && end == text.data() + text.size(), "network", "wanted a number, got '", text, "' in ", *this);
+    return value;
+  }
   Ints pair() {
     const int64_t first = number();
     return {first, number()};
   }
   OptionalString activation() {
-    const std::string& name = names_.at(next_name_++);
-    return name.empty() ? std::nullopt : OptionalString(name);
+    const std::string& name = word();
+    return name == "none" ? std::nullopt : OptionalString(name);
+  }
+  void finish() const { check(next_word_ == words_.size(), "network", "a step of the program does not end: ", *this); }
+  friend std::ostream& operator<<(std::ostream& text, const Reader& reader) {
+    for (size_t i = 0; i < reader.words_.size(); ++i) text << (i ? " " : "'") << reader.words_[i];
+    return text << "'";
   }
 
  private:
-  std::vector<Tensor> weights_;
-  Ints numbers_;
-  std::vector<std::string> names_;
-  size_t next_weight_ = 0, next_number_ = 0, next_name_ = 0;
+  const std::vector<Tensor>& weights_;
+  size_t& next_weight_;
+  std::vector<std::string> words_;
+  size_t next_word_ = 0;
 };
 
-StepPointer make_step(const std::string& op, Reader r) {
+StepPointer make_step(const std::string& op, Reader& r) {
   if (op == "stem_packed") {
     const Tensor panels = r.tensor(), bias = r.tensor();
     const Ints kernel = r.pair(), stride = r.pair(), padding = r.pair();
@@ -91,17 +109,18 @@ StepPointer make_step(const std::string& op, Reader r) {
     const Ints stride = r.pair(), padding = r.pair();
     return max_pool_step(stride, padding, r.number() != 0);
   }
-  check(op == "global_avg_pool", "program", "no operator ", op, " in a program");
+  check(op == "global_avg_pool", "network", "no operator ", op, " in a program");
   return global_avg_pool_step();
 }
 
 class Program {
  public:
   // Values count from 0, the input, and every step makes one of its own; residual -1: none.
-  void add(StepPointer step, int64_t x, int64_t residual, int64_t output) {
+  void add(StepPointer step, int64_t x, int64_t residual) {
+    check(x >= 0 && x < values_ && residual >= -1 && residual < values_, "network", "step ", values_, " of the program reads values ", x,
+          " and ", residual, ", of which there are ", values_);
     if (steps_.empty()) first_op_ = step->op();
-    values_ = std::max({values_, x + 1, residual + 1, output + 1});
-    steps_.push_back({std::move(step), x, residual, output});
+    steps_.push_back({std::move(step), x, residual, values_++});
   }
 
   // The last step's result is the caller's own, so it stands outside the arena.
@@ -283,31 +302,103 @@ class Program {
   std::vector<std::vector<Arena>> idle_;
 };
 
+// What a program runs from: its text, "format; step; step ...". A step is its operator, the values that it reads (x, and the residual or
+// -1) and the operator's other arguments in the order of its schema: numbers (a flag for an optional tensor, a count for a list) and names
+// of activations; the tensors come from `weights`, in order. Value 0 is the input, value i what step i makes, the last one the result.
+std::shared_ptr<Program> compile(const std::vector<Tensor>& weights, const std::string& text) {
+  std::istringstream steps(text);
+  std::string step;
+  std::getline(steps, step, ';');
+  check(step == PROGRAM_FORMAT, "network", "the program has format '", step, "', this version of fastconv reads '", PROGRAM_FORMAT,
+        "': export the model again");
+  const auto program = std::make_shared<Program>();
+  size_t next_weight = 0;
+  while (std::getline(steps, step, ';')) {
+    std::istringstream line(step);
+    Reader reader(weights, next_weight, {std::istream_iterator<std::string>(line), std::istream_iterator<std::string>()});
+    const std::string op = reader.word();
+    const int64_t x = reader.number(), residual = reader.number();
+    program->add(make_step(op, reader), x, residual);
+    reader.finish();
+  }
+  check(next_weight == weights.size(), "network", "the program takes ", next_weight, " weights, got ", weights.size());
+  return program;
+}
+
+// Compiled programs of `network`, the latest used last. A program reads its weights where they lie and copies nothing out of them, so one
+// that was compiled for the same text over the same memory serves, whatever has been written there meanwhile.
+class Cache {
+ public:
+  std::shared_ptr<Program> find(const std::vector<Tensor>& weights, const std::string& text) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = std::find_if(entries_.rbegin(), entries_.rend(), [&](const Entry& entry) { return entry.fits(weights, text); });
+      if (found != entries_.rend()) {
+        std::rotate(found.base() - 1, found.base(), entries_.end());
+        return entries_.back().program;
+      }
+    }
+    Entry entry{text, {weights.begin(), weights.end()}, compile(weights, text)};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (entries_.size() == MOST) entries_.erase(entries_.begin());
+    entries_.push_back(std::move(entry));
+    return entries_.back().program;
+  }
+
+ private:
+  static constexpr size_t MOST = 16;  // what it keeps alive: as many networks' weights and arenas
+
+  struct Place {
+    const void* data;
+    Ints shape;
+    Place(const Tensor& tensor) : data(tensor.const_data_ptr()), shape(tensor.sizes().begin(), tensor.sizes().end()) {}
+    bool holds(const Tensor& tensor) const {
+      const auto sizes = tensor.sizes();
+      return tensor.is_cpu() && tensor.const_data_ptr() == data && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+             std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+    }
+  };
+  struct Entry {
+    std::string text;
+    std::vector<Place> weights;
+    std::shared_ptr<Program> program;
+    bool fits(const std::vector<Tensor>& tensors, const std::string& other) const {
+      return text == other && std::equal(weights.begin(), weights.end(), tensors.begin(), tensors.end(),
+                                         [](const Place& place, const Tensor& tensor) { return place.holds(tensor); });
+    }
+  };
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
 std::mutex programs_mutex;
 std::unordered_map<int64_t, std::shared_ptr<Program>> programs;
 int64_t next_program = 0;
 
-std::shared_ptr<Program> find(int64_t id) {
-  const std::lock_guard<std::mutex> lock(programs_mutex);
-  const auto found = programs.find(id);
-  check(found != programs.end(), "program", "no program ", id);
-  return found->second;
-}
-
 }  // namespace
 
-int64_t program_new() {
+Tensor network(Tensor x, std::vector<Tensor> weights, std::string program) {
+  static Cache* const cache = new Cache;  // its tensors are not freed after torch at the process's end
+  return cache->find(weights, program)->run(x);
+}
+
+int64_t program_new(std::vector<Tensor> weights, std::string program) {
+  std::shared_ptr<Program> compiled = compile(weights, program);
   const std::lock_guard<std::mutex> lock(programs_mutex);
-  programs[next_program] = std::make_shared<Program>();
+  programs[next_program] = std::move(compiled);
   return next_program++;
 }
 
-void program_add(int64_t program, std::string op, std::vector<Tensor> weights, Ints numbers, std::string activations, int64_t x,
-                 int64_t residual, int64_t output) {
-  find(program)->add(make_step(op, Reader(std::move(weights), std::move(numbers), activations)), x, residual, output);
+Tensor program_run(Tensor x, int64_t program) {
+  std::shared_ptr<Program> found;
+  {
+    const std::lock_guard<std::mutex> lock(programs_mutex);
+    const auto at = programs.find(program);
+    check(at != programs.end(), "program", "no program ", program);
+    found = at->second;
+  }
+  return found->run(x);
 }
-
-Tensor program_run(Tensor x, int64_t program) { return find(program)->run(x); }
 
 void program_free(int64_t program) {
   const std::lock_guard<std::mutex> lock(programs_mutex);

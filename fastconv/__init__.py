@@ -4,7 +4,8 @@
 __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 
 from fastconv import models, nn, ops, reference
+from fastconv.nn._replace import replace
 from fastconv.optimize import explain, optimize, revert
 
-__all__ = ["explain", "models", "nn", "ops", "optimize", "reference", "revert"]
+__all__ = ["explain", "models", "nn", "ops", "optimize", "reference", "replace", "revert"]
 __version__ = "0.1.0"

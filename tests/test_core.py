@@ -1,69 +1,82 @@
 """The kernel core by itself, compiled without torch: natively, and for aarch64 under qemu where a cross compiler and qemu are installed."""
 
 import os
-import platform
+import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from core import programs
 
 ROOT = Path(__file__).parent.parent
-X86 = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-}
-FLAGS = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{ROOT}"]
+
+compiles = pytest.mark.skipif(shutil.which(programs.compiler()[-1]) is None, reason="compiles C++")
+aarch64 = pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")), reason="needs g++-aarch64-linux-gnu and qemu-user"
+)
 
 
-def build(compiler: str, isas: dict[str, list[str]], folder: Path) -> Path:
-    """The checking program with the kernels of these instruction sets, statically linked."""
-    has = [f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas]
-    jobs = [(has, f"kernels/cpu/{name}.cpp", f"{name}.o") for name in ("isa", "blocks")]
-    jobs.append((has, "tests/core/check_kernels.cpp", "check.o"))
-    for isa, flags in isas.items():
-        own = [f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *flags, *has]
-        jobs.append((own, "kernels/cpu/kernels.cpp", f"{isa}.o"))
-
-    def compile_one(job):
-        flags, source, target = job
-        subprocess.run([compiler, *FLAGS, *flags, "-c", str(ROOT / source), "-o", str(folder / target)], check=True)
-        return str(folder / target)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, jobs))
-    program = folder / "check_kernels"
-    subprocess.run([compiler, "-static", *objects, "-o", str(program)], check=True)
-    return program
-
-
-def check(command: list[str], isas: list[str]) -> None:
+def run(command: list[str], isas: list[str]) -> list[str]:
+    """The lines it prints, after checking that it succeeds and that each instruction set is there."""
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == isas, done.stdout
-    assert all(int(line.split()[1]) > 2000 for line in lines), done.stdout
+    assert {isa for isa in isas if any(isa in line.split(":")[0].split() for line in lines)} == set(isas), done.stdout
+    return lines
+
+
+def supported() -> list[str]:
+    return list(pytest.importorskip("fastconv._C").isas())
+
+
+@compiles
+def test_exact_cases_between_unmapped_pages():
+    """One shape in 25 of `make exact`, on every instruction set."""
+    lines = run([str(programs.build("exact", programs.NATIVE)), "--one-in", "25", "--seed", "3"], supported())
+    pattern = re.compile(r"(\w+) \w+: (\d+) distinct cases, (\d+) runs, (\d+) border and (\d+) interior elements equal")
+    for line in lines:
+        op, cases, runs, border, interior = pattern.match(line).groups()
+        assert int(runs) == 2 * int(cases) > 500, line  # end-aligned and start-aligned
+        assert int(interior) > 0, line
+        assert (int(border) > 0) == (op != "pointwise"), line
+
+
+@compiles
+def test_the_list_of_exact_cases_is_long_and_has_none_twice():
+    program = str(programs.build("exact", programs.NATIVE))
+    least = dict(depthwise=230_000, pointwise=50_000, fire_expand=20_000, fire=20_000, separable=20_000, inverted_residual=20_000)
+    for op, count in least.items():
+        lines = subprocess.run([program, "--list", "--op", op], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert len(set(lines)) == len(lines) >= count, op
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles the x86-64 instruction sets")
-def test_the_core_equals_plain_loops_on_integers(tmp_path):
-    fastconv_c = pytest.importorskip("fastconv._C")
-    program = build(os.environ.get("CXX", "g++"), {"scalar": [], **X86}, tmp_path)
-    check([str(program)], list(fastconv_c.isas()))
+@compiles
+def test_the_core_equals_plain_loops_on_integers():
+    for line in run([str(programs.build("check_kernels", programs.NATIVE))], supported()):
+        assert int(line.split()[1]) > 2000, line
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")), reason="needs g++-aarch64-linux-gnu and qemu-user"
-)
-def test_the_aarch64_core_equals_plain_loops_under_qemu(tmp_path):
-    program = build("aarch64-linux-gnu-g++", {"scalar": [], "neon": []}, tmp_path)
-    check(["qemu-aarch64", str(program)], ["scalar", "neon"])
+@aarch64
+@pytest.mark.parametrize(("name", "arguments"), [("check_kernels", []), ("exact", ["--one-in", "40"])])
+def test_the_aarch64_core_under_qemu(name, arguments):
+    isas = ["scalar", "neon"]
+    program = programs.build(name, isas, [*programs.QUICK, "-static"], ["aarch64-linux-gnu-g++"])
+    assert len(run(["qemu-aarch64", str(program), *arguments], isas)) >= 2
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++").split()[-1]) is None, reason="compiles C++")
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize("sanitizer", programs.SANITIZERS)
+def test_sanitizers(sanitizer):
+    if sanitizer == "memory" and programs.clang() is None:
+        pytest.skip("needs clang")
+    programs.sanitize([sanitizer])
+
+
+@compiles
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
 def test_a_team_runs_every_piece_once(tmp_path, sanitizer):
     program = tmp_path / "check_team"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastconv.models._layers import make_divisible
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._training import innermost, run_each
 from fastconv.nn.separable import DepthwiseSeparable
 from fastconv.optimize.planned import Planned
 
@@ -51,7 +52,7 @@ class MobileNetV1(Planned):
                 nn.init.zeros_(module.bias)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv_stem(x)))
+        x = run_each(innermost(x), (self.conv_stem, self.bn1, self.act1))
         x = torch.flatten(self.global_pool(self.blocks(x)), 1)
         return self.classifier(self.dropout(x))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastconv.models._layers import init_weights, make_divisible
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._training import innermost
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.inverted_residual import InvertedResidual
 from fastconv.optimize.planned import Planned
@@ -55,7 +56,7 @@ class MobileNetV2(Planned):
         init_weights(self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.adaptive_avg_pool2d(self.features(x), (1, 1))
+        x = nn.functional.adaptive_avg_pool2d(self.features(innermost(x)), (1, 1))
         return self.classifier(torch.flatten(x, 1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastconv.models._layers import init_weights, make_divisible
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._training import innermost, run
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.optimize.planned import Planned
 
@@ -99,7 +100,7 @@ class InvertedResidual(Planned):
         self.block = nn.Sequential(*layers)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.block(x) + x if self.use_res_connect else self.block(x)
+        return run(x, self.block, residual=self.use_res_connect)
 
 
 class MobileNetV3(Planned):
@@ -142,7 +143,7 @@ class MobileNetV3(Planned):
         init_weights(self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return self.classifier(torch.flatten(self.avgpool(self.features(innermost(x))), 1))
 
 
 def _large(width_mult: float, reduced_tail: bool, dilated: bool) -> tuple[list[InvertedResidualConfig], int]:

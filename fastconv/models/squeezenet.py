@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._training import TrainedSequential, formatted_like, innermost, trains
 from fastconv.nn.fire import Fire
 from fastconv.optimize.planned import Planned
 
@@ -20,7 +21,7 @@ class SqueezeNet(Planned):
         super().__init__()
         self.num_classes = num_classes
         if version == "1_0":
-            self.features = nn.Sequential(
+            self.features = TrainedSequential(
                 nn.Conv2d(3, 96, kernel_size=7, stride=2),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True),
@@ -36,7 +37,7 @@ class SqueezeNet(Planned):
                 Fire(512, 64, 256, 256),
             )
         elif version == "1_1":
-            self.features = nn.Sequential(
+            self.features = TrainedSequential(
                 nn.Conv2d(3, 64, kernel_size=3, stride=2),
                 nn.ReLU(inplace=True),
                 nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True),
@@ -54,7 +55,7 @@ class SqueezeNet(Planned):
         else:
             raise ValueError(f'SqueezeNet: version must be "1_0" or "1_1", got {version!r}')
         last = nn.Conv2d(512, num_classes, kernel_size=1)
-        self.classifier = nn.Sequential(nn.Dropout(p=dropout), last, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)))
+        self.classifier = TrainedSequential(nn.Dropout(p=dropout), last, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)))
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -64,8 +65,13 @@ class SqueezeNet(Planned):
                     nn.init.kaiming_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def _features(self, x: Tensor) -> Tensor:
+        if not trains(x):
+            return self.features(x)
+        return formatted_like(self.features(innermost(x)), x)  # dropout draws in the order of memory
+
     def _forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.classifier(self.features(x)), 1)
+        return torch.flatten(self.classifier(self._features(x)), 1)
 
 
 def squeezenet1_0(*, weights: Weights = None, progress: bool = True, num_classes: int = 1000, dropout: float = 0.5) -> SqueezeNet:

@@ -17,13 +17,17 @@ class KernelConv2d(Planned, nn.Conv2d):
     @classmethod
     def from_torch(cls, module: nn.Module) -> KernelConv2d:
         """The same layer with the same Parameter objects. Raises TypeError if `module` is not a Conv2d, ValueError if not of this kind."""
+        return cls._adopt(share(module))
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> KernelConv2d:
+        """Makes `module` itself one of these, or raises as `from_torch` does and leaves it as it was."""
         if type(module) not in (nn.Conv2d, cls):
             raise TypeError(f"{cls.__name__}: module must be a Conv2d, got {type(module).__name__}")
-        layer = cls.__new__(cls)
-        layer.__dict__.update(share(module).__dict__)
-        if not layer._is_of_kind():
+        if not cls._is_of_kind(module):
             raise ValueError(f"{cls.__name__}: module must be {cls.structure}, got {describe(module)}")
-        return layer
+        module.__class__ = cls
+        return module
 
     def _forward(self, x: Tensor) -> Tensor:
         if plain(x) and self._fits(x) and self._is_covered():

@@ -14,6 +14,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 def share(module: M) -> M:
     """A copy of `module` (its tree, modes and hooks) that holds the very same Parameter and buffer objects."""
+    if not isinstance(module, torch.nn.Module):  # for the layer to refuse, in its own words
+        return module
     return copy.deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
 
 

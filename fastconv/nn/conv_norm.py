@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+
+from fastconv.nn._conv import KernelConv2d
+from fastconv.nn._training import run_each
+from fastconv.nn._twin import share
+from fastconv.optimize.planned import Planned
 
 
-class Conv2dNormActivation(nn.Sequential):
+class Conv2dNormActivation(Planned, nn.Sequential):
     """Twin of `torchvision.ops.Conv2dNormActivation`: the convolution is "0", the norm "1", the activation "2".
 
-    `padding=None` keeps the resolution at stride 1; `bias=None` gives the convolution a bias only when there is no norm.
+    x (N, in_channels, H, W) -> (N, out_channels, H', W'), any floating dtype; in eval mode without gradients one kernel where one covers
+    the convolution. `padding=None` keeps the resolution at stride 1; `bias=None` gives the convolution a bias only when there is no norm.
     """
+
+    is_chain = True  # its modules one after another, nothing else (fastconv/nn/_training.py)
 
     def __init__(
         self,
@@ -40,3 +48,31 @@ class Conv2dNormActivation(nn.Sequential):
             layers.append(activation_layer() if inplace is None else activation_layer(inplace=inplace))
         super().__init__(*layers)
         self.out_channels = out_channels
+
+    @classmethod
+    def from_torch(cls, module: nn.Module) -> Conv2dNormActivation:
+        """The same layer with the same Parameter objects, from a Sequential of Conv2d, BatchNorm2d and, if it has one, an activation.
+
+        Raises TypeError or ValueError if `module` is not built so."""
+        return cls._adopt(share(module))
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> Conv2dNormActivation:
+        """Makes `module` itself one of these, or raises as `from_torch` does and leaves it as it was."""
+        if not isinstance(module, nn.Sequential):
+            raise TypeError(f"Conv2dNormActivation: module must be a Sequential, got {type(module).__name__}")
+        if len(module) not in (2, 3):
+            raise ValueError(f"Conv2dNormActivation: module must hold a convolution, norm[, activation], got {len(module)} modules")
+        conv, norm, *activation = module
+        if not (type(conv) is nn.Conv2d or isinstance(conv, KernelConv2d)):
+            raise TypeError(f"Conv2dNormActivation: module[0] must be a Conv2d, got {type(conv).__name__}")
+        if type(norm) is not nn.BatchNorm2d:
+            raise TypeError(f"Conv2dNormActivation: module[1] must be a BatchNorm2d, got {type(norm).__name__}")
+        if activation and type(activation[0]).__module__ != "torch.nn.modules.activation":
+            raise TypeError(f"Conv2dNormActivation: module[2] must be an activation, got {type(activation[0]).__name__}")
+        module.__class__ = cls
+        module.out_channels = conv.out_channels
+        return module
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return run_each(x, self)

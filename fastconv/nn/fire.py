@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastconv.nn._training import fire
 from fastconv.nn._twin import describe, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
 
@@ -29,6 +30,11 @@ class Fire(Planned):
     @classmethod
     def from_torch(cls, module: nn.Module) -> Fire:
         """The same layer with the same Parameter objects. Raises TypeError or ValueError if `module` is not a fire module."""
+        return cls._adopt(share(module))
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> Fire:
+        """Makes `module` itself one of these, or raises as `from_torch` does and leaves it as it was."""
         for name in ("squeeze", "expand1x1", "expand3x3"):
             conv = member("Fire", module, name, nn.Conv2d)
             member("Fire", module, f"{name}_activation", nn.ReLU)
@@ -38,16 +44,14 @@ class Fire(Planned):
                     raise ValueError(f"Fire: expand3x3 must be a 3x3 convolution with padding 1, got {describe(conv)}")
             elif not is_pointwise(conv):
                 raise ValueError(f"Fire: {name} must be a 1x1 convolution, got {describe(conv)}")
-        module = share(module)
-        layer = cls.__new__(cls)
-        Planned.__init__(layer)
-        layer.inplanes = module.squeeze.in_channels
-        for name in ("squeeze", "expand1x1", "expand3x3"):
-            layer.add_module(name, getattr(module, name))
-            layer.add_module(f"{name}_activation", getattr(module, f"{name}_activation"))
-        layer.training = module.training
-        return layer
+        module.__class__ = cls
+        module.inplanes = module.squeeze.in_channels
+        return module
 
     def _forward(self, x: Tensor) -> Tensor:
+        activations = (self.squeeze_activation, self.expand1x1_activation, self.expand3x3_activation)
+        trained = fire(x, self.squeeze, self.expand1x1, self.expand3x3, activations)
+        if trained is not None:
+            return trained
         x = self.squeeze_activation(self.squeeze(x))
         return torch.cat([self.expand1x1_activation(self.expand1x1(x)), self.expand3x3_activation(self.expand3x3(x))], 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastconv.nn._training import run
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.optimize.planned import Planned
@@ -41,7 +42,13 @@ class InvertedResidual(Planned):
     def from_torch(cls, module: nn.Module) -> InvertedResidual:
         """The same layer with the same Parameter objects. Raises TypeError or ValueError if `module` is not an inverted residual
         of MobileNet V2."""
+        return cls._adopt(share(module))
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> InvertedResidual:
+        """Makes `module` itself one of these, or raises as `from_torch` does and leaves it as it was."""
         chain = member("InvertedResidual", module, "conv", nn.Sequential)
+        member("InvertedResidual", module, "use_res_connect", bool)
         if len(chain) not in (3, 4):
             raise ValueError(f"InvertedResidual: conv must hold [expand,] depthwise, projection and norm, got {len(chain)} modules")
         *blocks, project, _ = chain
@@ -54,14 +61,10 @@ class InvertedResidual(Planned):
         for conv in (*convs[:-2], project):
             if not is_pointwise(conv):
                 raise ValueError(f"InvertedResidual: expand and projection must be 1x1 convolutions, got {describe(conv)}")
-        layer = cls.__new__(cls)
-        Planned.__init__(layer)
-        layer.stride = convs[-2].stride[0]
-        layer.use_res_connect = member("InvertedResidual", module, "use_res_connect", bool)
-        layer.out_channels = project.out_channels
-        layer.conv = share(chain)
-        layer.training = module.training
-        return layer
+        module.__class__ = cls
+        module.stride = convs[-2].stride[0]
+        module.out_channels = project.out_channels
+        return module
 
     def _forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+        return run(x, self.conv, residual=self.use_res_connect)

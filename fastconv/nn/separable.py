@@ -6,16 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastconv.nn._training import run_each
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
-
-
-def _plain_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """The normalisation alone of timm's BatchNormAct2d, with its tensors shared."""
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
-    plain._parameters.update(norm._parameters)
-    plain._buffers.update(norm._buffers)
-    return plain.train(norm.training)
 
 
 class DepthwiseSeparable(Planned):
@@ -55,31 +48,39 @@ class DepthwiseSeparable(Planned):
         Raises TypeError or ValueError if `module` is not built so: space-to-depth, anti-aliasing, squeeze-excitation and stochastic
         depth belong to other networks and are not taken.
         """
+        return cls._adopt(share(module))
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> DepthwiseSeparable:
+        """Makes `module` itself one of these, or raises as `from_torch` does and leaves it as it was."""
         depthwise, pointwise = (member("DepthwiseSeparable", module, name, nn.Conv2d) for name in ("conv_dw", "conv_pw"))
         if not is_depthwise(depthwise):
             raise ValueError(f"DepthwiseSeparable: conv_dw must be depthwise, got {describe(depthwise)}")
         if not is_pointwise(pointwise):
             raise ValueError(f"DepthwiseSeparable: conv_pw must be a 1x1 convolution, got {describe(pointwise)}")
-        for name in ("conv_s2d", "aa", "se", "drop_path"):
+        extras = ("conv_s2d", "aa", "se", "drop_path")
+        for name in extras:
             extra = getattr(module, name, None)
             if extra is not None and not isinstance(extra, nn.Identity):
                 raise ValueError(f"DepthwiseSeparable: {name} is not supported, got {type(extra).__name__}")
-        module_copy = share(module)
-        layer = cls.__new__(cls)
-        Planned.__init__(layer)
-        layer.has_skip = member("DepthwiseSeparable", module, "has_skip", bool)
-        for i, conv in (("1", "conv_dw"), ("2", "conv_pw")):
-            norm = member("DepthwiseSeparable", module_copy, f"bn{i}", nn.BatchNorm2d)
+        member("DepthwiseSeparable", module, "has_skip", bool)
+        activations = {}
+        for i in "12":
+            norm = member("DepthwiseSeparable", module, f"bn{i}", nn.BatchNorm2d)
             if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
                 raise ValueError(f"DepthwiseSeparable: bn{i}.drop is not supported, got {type(norm.drop).__name__}")
-            layer.add_module(conv, getattr(module_copy, conv))
-            layer.add_module(f"bn{i}", _plain_norm(norm))
-            activation = getattr(module_copy, f"act{i}", None)  # timm keeps it in the norm
-            layer.add_module(f"act{i}", member("DepthwiseSeparable", norm, "act", nn.Module) if activation is None else activation)
-        layer.training = module.training
-        return layer
+            owner, name = (module, f"act{i}") if getattr(module, f"act{i}", None) is not None else (norm, "act")
+            activations[f"act{i}"] = member("DepthwiseSeparable", owner, name, nn.Module)
+        module.__class__ = cls
+        for name in extras:
+            module._modules.pop(name, None)
+        for norm in (module.bn1, module.bn2):  # timm's BatchNormAct2d holds the activation
+            norm.__class__ = nn.BatchNorm2d
+            norm._modules.clear()
+        for name, activation in activations.items():
+            module.add_module(name, activation)
+        return module
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.act1(self.bn1(self.conv_dw(x)))
-        y = self.act2(self.bn2(self.conv_pw(y)))
-        return y + x if self.has_skip else y
+        modules = (self.conv_dw, self.bn1, self.act1, self.conv_pw, self.bn2, self.act2)
+        return run_each(x, modules, residual=self.has_skip)

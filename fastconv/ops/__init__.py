@@ -7,7 +7,8 @@ import torch
 
 from fastconv import _extension
 from fastconv.ops import _cuda
-from fastconv.ops import _packed as _packed  # registers the packed operators' fake kernels
+from fastconv.ops import _network as _network  # registers, as _packed does, fake kernels
+from fastconv.ops import _packed as _packed
 from fastconv.ops._prepared import Prepared
 from fastconv.ops.depthwise import depthwise, prepare_depthwise
 from fastconv.ops.depthwise_backward import depthwise_backward_input, depthwise_backward_weight

@@ -1,7 +1,9 @@
 """Registers the Triton kernels for CUDA. Triton itself is imported when the first one runs."""
 
+import functools
 import importlib
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def uncovered(x: Tensor, weight: Tensor, stride: tuple[int, int] | None = None, 
     """Why the Triton kernels do not take these arguments, or None. stride and padding: depthwise only; shapes are already checked."""
     if x.dtype not in DTYPES:
         return f"{x.dtype} on CUDA"
-    if x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.dtype == torch.bfloat16 and x.is_cuda and _capability(x.device.index) < (8, 0):
         return "bfloat16 before sm_80"
     if weight.numel() > INT32_MAX:
         return f"a weight of {weight.numel()} elements"
@@ -42,6 +44,11 @@ def uncovered_kernel(kernel_size: tuple[int, ...]) -> str | None:
     return None if tuple(kernel_size) in ((3, 3), (5, 5)) else f"a {kernel_size[0]} x {kernel_size[1]} kernel"
 
 
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def uncovered_stem(weight: Tensor) -> str | None:
     """Why the stem's kernel, which takes pixels one by one, does not take this weight."""
     return f"{weight.shape[1]} input channels" if weight.shape[1] > 4 else None
@@ -49,11 +56,29 @@ def uncovered_stem(weight: Tensor) -> str | None:
 
 def run(op: str, *arguments, file: str | None = None, **more) -> Tensor:
     """The launcher of `op`, in the file of its name or in another; imports triton when first called."""
-    return getattr(importlib.import_module(f"fastconv.kernels.gpu.{file or op}"), op)(*arguments, **more)
+    return getattr(_file(file or op), op)(*arguments, **more)
+
+
+@functools.cache
+def _file(name: str):
+    return importlib.import_module(f"fastconv.kernels.gpu.{name}")
+
+
+def check_input(op: str, x: Tensor, weight: Tensor) -> None:
+    """What a plan's step still has to ask of its input, the weights being checked: raises TypeError for a dtype, ValueError else."""
+    channels = weight.shape[0] if weight.shape[1] == 1 and weight.shape[2] > 1 else weight.shape[1]
+    if x.dtype != weight.dtype:
+        raise TypeError(f"{op}: x must be {weight.dtype}, as its weights, got {x.dtype}")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"{op}: x must be (N, {channels}, H, W), got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"{op}: x must be on {weight.device}, as its weights, got {x.device}")
 
 
 def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tensor:
     if why is None:
+        if not arguments["x"].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton runs CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
         return run(op, file=file, **arguments)
     if _extension.backend() == "triton":
         raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton does not cover {why}")

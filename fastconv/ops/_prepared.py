@@ -107,6 +107,11 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
     return False, f"ATen ({why})"
 
 
+def operator(name: str, label: str) -> Callable[..., Tensor]:
+    """What a step with plain weights calls: on a GPU the Triton launcher itself, for a plan needs nothing else that the dispatcher does."""
+    return getattr(_cuda, name) if label.endswith("triton") else overload(name)
+
+
 def has_triton_kernel() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastconv::pointwise", "CUDA")
 

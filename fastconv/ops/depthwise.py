@@ -1,7 +1,7 @@
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, arrange, choose, pack_depthwise
+from fastconv.ops._prepared import Prepared, arrange, choose, operator, pack_depthwise
 from fastconv.ops._register import overload, register
 
 _depthwise = register("depthwise")
@@ -33,5 +33,5 @@ def prepare_depthwise(weight: Tensor, bias: Tensor | None, *, stride, padding, a
     stride, padding = _checks.stride_padding("depthwise", stride, padding)
     compiled, label = choose("depthwise", "depthwise_packed", weight=weight, bias=bias, stride=stride, padding=padding)
     if not compiled:
-        return Prepared(overload("depthwise"), (*arrange(label, weight, bias), stride, padding, activation), label)
+        return Prepared(operator("depthwise", label), (*arrange(label, weight, bias), stride, padding, activation), label)
     return Prepared(overload("depthwise_packed"), (*pack_depthwise(weight, bias), stride, padding, activation), label)

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, pack
+from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, operator, pack
 from fastconv.ops._register import overload, register
 
 
@@ -59,7 +59,7 @@ def prepare_fire(
     compiled, label = choose("fire", "fire_packed", **weights)
     if not compiled:
         kind = PreparedBlock if label.endswith("triton") else Prepared
-        return kind(overload("fire"), arrange(label, *weights.values()), label)
+        return kind(operator("fire", label), arrange(label, *weights.values()), label)
     winograd = None if exact else torch.ops.fastconv.pack_winograd(weight3x3)
     args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3), winograd)
     return Prepared(overload("fire_packed"), args, label if exact else f"{label} winograd")

@@ -1,7 +1,7 @@
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, arrange, choose, pack
+from fastconv.ops._prepared import Prepared, arrange, choose, operator, pack
 from fastconv.ops._register import overload, register
 
 _fire_expand = register("fire_expand")
@@ -24,5 +24,5 @@ def prepare_fire_expand(weight1x1: Tensor, bias1x1: Tensor | None, weight3x3: Te
     weights = {"weight1x1": weight1x1, "bias1x1": bias1x1, "weight3x3": weight3x3, "bias3x3": bias3x3}
     compiled, label = choose("fire_expand", "fire_expand_packed", **weights)
     if not compiled:
-        return Prepared(overload("fire_expand"), arrange(label, *weights.values()), label)
+        return Prepared(operator("fire_expand", label), arrange(label, *weights.values()), label)
     return Prepared(overload("fire_expand_packed"), (*pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3)), label)

@@ -1,8 +1,8 @@
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, choose
-from fastconv.ops._register import overload, register
+from fastconv.ops._prepared import Prepared, choose, operator
+from fastconv.ops._register import register
 
 _global_avg_pool = register("global_avg_pool", autocast=False)
 
@@ -19,4 +19,5 @@ def global_avg_pool(x: Tensor) -> Tensor:
 
 def prepare_global_avg_pool(*, like: Tensor | None = None) -> Prepared:
     """`global_avg_pool` as a prepared kernel: returns call(x). like: a tensor of the dtype and device to come, for `kernel` to name."""
-    return Prepared(overload("global_avg_pool"), (), choose("global_avg_pool", like=like)[1])
+    _, label = choose("global_avg_pool", like=like)
+    return Prepared(operator("global_avg_pool", label), (), label)

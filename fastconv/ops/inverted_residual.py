@@ -98,6 +98,7 @@ def prepare_inverted_residual(
 
 def _triton_block(x, *args):
     """_block through the Triton kernels, fused where that is faster."""
+    _cuda.check_input("inverted_residual", x, args[2] if args[0] is None else args[0])
     return _cuda.run("inverted_residual", x, *args, file="blocks")
 
 

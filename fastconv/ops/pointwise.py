@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedResidual, arrange, choose, pack
+from fastconv.ops._prepared import Prepared, PreparedResidual, arrange, choose, operator, pack
 from fastconv.ops._register import overload, register
 from fastconv.reference import ACTIVATIONS
 
@@ -29,7 +29,7 @@ def prepare_pointwise(weight: Tensor, bias: Tensor | None, *, activation: str | 
     """Binds `pointwise` to its weights: returns call(x, residual=None)."""
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
-        return PreparedResidual(overload("pointwise"), arrange(label, weight, bias), label, (activation,))
+        return PreparedResidual(operator("pointwise", label), arrange(label, weight, bias), label, (activation,))
     return PreparedResidual(overload("pointwise_packed"), pack(weight, bias), label, (activation,))
 
 

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, pack, pack_depthwise
+from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, operator, pack, pack_depthwise
 from fastconv.ops._register import overload, register
 
 
@@ -67,7 +67,7 @@ def prepare_separable(
     if not compiled:
         args = (*arrange(label, *weights.values()), stride, padding, depthwise_activation, activation)
         kind = PreparedBlock if label.endswith("triton") else PreparedResidual
-        return kind(overload("separable"), args, label, ())
+        return kind(operator("separable", label), args, label, ())
     args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *pack(pointwise_weight, pointwise_bias))
     after = (stride, padding, None, depthwise_activation, None, None, activation)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)

@@ -41,4 +41,5 @@ def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activa
 
 def _triton_stem(x: Tensor, *args) -> Tensor:
     """Its output is channels_last whatever x is, as the compiled kernel's."""
+    _cuda.check_input("stem", x, args[0])
     return _cuda.run("stem", x, *args, always_nhwc=True)

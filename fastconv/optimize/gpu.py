@@ -40,10 +40,12 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _fire_pool(x: Tensor, *args) -> Tensor:
+    _cuda.check_input("fire", x, args[0])
     return _cuda.run("fire_pool", x, *args, file="blocks")
 
 
 def _head(x: Tensor, *args) -> Tensor:
+    _cuda.check_input("pointwise", x, args[0])
     return _cuda.run("head", x, *args, file="blocks")
 
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastconv.optimize import graphs
+from fastconv.optimize.graphs import Graphs
 from fastconv.optimize.plan import Plan
+from fastconv.optimize.traced import Traced, compiled
+
+_making = threading.Lock()
 
 
-class OptimizedModule(nn.Module):
+class OptimizedModule(Traced):
     """What `optimize` returns. Holds the model's copy, whose parameters, buffers, submodules and hooks are its own, under the same names:
-    state_dict, load_state_dict, to, parameters, deepcopy and pickle are those of the copy."""
+    state_dict, load_state_dict, to, parameters, deepcopy and pickle are those of the copy.
 
+    cuda_graphs: whether calls with CUDA tensors are captured as CUDA graphs and replayed; FASTCONV_CUDA_GRAPHS=0 turns it off everywhere.
+    reuse_outputs: whether such a call may return a buffer that the next call with inputs of the same shape overwrites."""
+
+    cuda_graphs: bool = True
+    reuse_outputs: bool = False
     _plan: Plan | None = None
+    _graphs: Graphs | None = None
 
     def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
         super().__init__()
@@ -34,17 +46,40 @@ class OptimizedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             return self._original.forward(*args, **kwargs)
-        return self.plan(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return compiled(self, self._original.forward, *args, **kwargs)
+        plan = self.plan
+        if args and type(args[0]) is Tensor and graphs.backend.serves(args[0]) and not kwargs and not torch.compiler.is_compiling():
+            if self.cuda_graphs and graphs.enabled:
+                return self._graphs_of(plan)(args, self.reuse_outputs)
+            self._graphs = None
+        return plan(*args, **kwargs)
+
+    def _graphs_of(self, plan: Plan) -> Graphs:
+        made = self._graphs
+        if made is None or made.plan is not plan:
+            with _making:
+                made = self._graphs
+                if made is None or made.plan is not plan:
+                    made = self._graphs = Graphs(plan)
+        return made
+
+    def cuda_graph_report(self) -> list[str]:
+        """One line for each kind of input that has a CUDA graph, or that cannot have one and why."""
+        return self._graphs.report() if self._graphs is not None else []
+
+    def _plan_now(self) -> Plan:
+        return self.plan
 
     def train(self, mode: bool = True) -> OptimizedModule:
         if any(module.training != mode for module in self.modules()):
-            self._plan = None
+            self._plan = self._graphs = None
         self._original.train(mode)
         self.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
-        self._plan = None
+        self._plan = self._graphs = None
         self._original._apply(fn, recurse)
         return self
 
@@ -69,7 +104,7 @@ class OptimizedModule(nn.Module):
             return getattr(self._original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_plan"}
+        return {key: value for key, value in super().__getstate__().items() if key != "_graphs"}
 
 
 def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> OptimizedModule:

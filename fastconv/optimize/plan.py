@@ -19,6 +19,7 @@ from fastconv.optimize.gpu import join, joined
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
 from fastconv.optimize.trace import Untraceable, hooked, trace
+from fastconv.optimize.traced import exporting, snapshot
 from fastconv.optimize.whole import Whole, whole
 
 # What to call, from which slots, into which slot.
@@ -129,6 +130,7 @@ class Program:
         self.stand_in: nn.Module | None = None
         self.images: list[int] = []
         self.inputs = self.slots = 0
+        self.functional = True  # no step has effects, or chance, or is code that nothing is known of
         self.steps: list[Step] = []
         try:
             graph = trace(module, self.leaves)
@@ -182,6 +184,7 @@ class Program:
             if node not in last:
                 free.append(slots[node])
             call = node.target if kernel else _call(node, modules)
+            self.functional &= kernel or _function(node, modules)[1]
             self.steps.append((_checked(call) if node.meta.get("assumed") else call, reads, slots[node]))
         self.result = slots[node]
 
@@ -239,15 +242,7 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
     if node.op == "output":
         tree = node.args[0]
         return (lambda value: value) if isinstance(tree, fx.Node) else lambda *values: _rebuild(tree, dict(zip(nodes, values)))
-    if node.op == "call_module":
-        function = modules[node.target]
-        free = type(function).__module__ in _ANY_FORMAT_MODULES
-    elif node.op == "call_method":
-        function = _method(node.target)
-        free = node.target in _ANY_FORMAT_METHODS
-    else:
-        function = node.target
-        free = function in _ANY_FORMAT_FUNCTIONS
+    function, free = _function(node, modules)
     args, kwargs = node.args, node.kwargs
     if list(args) == nodes and not kwargs:
         call = function
@@ -261,6 +256,16 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[..., Any]:
             return function(*_rebuild(args, known), **_rebuild(kwargs, known))
 
     return call if free else lambda *values: call(*map(_contiguous, values))
+
+
+def _function(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Any, bool]:
+    """What the node calls, and whether that is known to take images in any memory format, without effects."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        return module, type(module).__module__ in _ANY_FORMAT_MODULES and not (hooked(module) or module.training)
+    if node.op == "call_method":
+        return _method(node.target), node.target in _ANY_FORMAT_METHODS
+    return node.target, node.op != "call_function" or node.target in _ANY_FORMAT_FUNCTIONS
 
 
 class _NoImages(Exception):
@@ -285,7 +290,7 @@ def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
-def _formatted(value: Any, x: Tensor) -> Any:
+def formatted(value: Any, x: Tensor) -> Any:
     """`value` with its images in the memory format of `x`, the input."""
     if isinstance(value, Tensor):
         if value.dim() != 4:
@@ -293,11 +298,11 @@ def _formatted(value: Any, x: Tensor) -> Any:
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_formatted(item, x) for item in value))
+        return type(value)(*(formatted(item, x) for item in value))
     if type(value) in (tuple, list):
-        return type(value)(_formatted(item, x) for item in value)
+        return type(value)(formatted(item, x) for item in value)
     if type(value) is dict:
-        return {key: _formatted(item, x) for key, item in value.items()}
+        return {key: formatted(item, x) for key, item in value.items()}
     return value
 
 
@@ -346,7 +351,10 @@ class Plan:
             if self._ready is None or not self._ready.watch.unchanged():
                 # Outside inference mode, for the packed tensors outlive it.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._ready = self._renewed(self._ready)
+                    ready = self._renewed(self._ready)
+                    for device in {tensor.device for tensor in ready.watch.tensors if tensor.is_cuda}:
+                        torch.cuda.current_stream(device).synchronize()  # the next to read the weights may be on another stream
+                    self._ready = ready
             return self._ready
 
     def _renewed(self, old: Ready | None) -> Ready:
@@ -375,16 +383,22 @@ class Plan:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         grad = torch.is_grad_enabled()
+        if not kwargs and args and exporting() and all(isinstance(x, Tensor) and not x.requires_grad for x in args) and snapshot(self):
+            return self.follow(self._ready, *args, whole=Whole.network)
         if kwargs or not args or not all(plain(x) and not (grad and x.requires_grad) for x in args):
             return getattr(self.module, self.method)(*args, **kwargs)
         return self.run(*args)
 
     def run(self, *args: Tensor) -> Any:
         """The call itself, for plain tensors that want no gradient."""
-        program, _, steps, together = self.prepare()
+        return self.follow(self.prepare(), *args)
+
+    def follow(self, ready: Ready, *args: Tensor, whole: Callable[[Whole, Tensor], Tensor] = Whole.__call__) -> Any:
+        """The same with weights as `prepare` gave them; whole: how to call the plan as one operator."""
+        program, _, steps, together = ready
         if together is not None and len(args) == 1 and together.serves(args[0]):
-            result = together(args[0])
-            return result if together.flatten else _formatted(result, args[0])
+            result = whole(together, args[0])
+            return result if together.flatten else formatted(result, args[0])
         if program.stand_in is not None:
             return getattr(program.stand_in, self.method)(*args)
         if steps is None or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):
@@ -395,4 +409,4 @@ class Plan:
                 values[write] = call(*[values[i] for i in reads])
         except _NoImages:
             return getattr(self.module, self.method)(*args)
-        return _formatted(values[program.result], args[0])
+        return formatted(values[program.result], args[0])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastconv.optimize.plan import Plan, plain
+from fastconv.optimize.traced import Traced, compiled, exporting
 
 __all__ = ["Plan", "Planned"]
 
 
-class Planned(nn.Module):
+class Planned(Traced):
     """Base of the layers and models: subclasses write `_forward(x)` with submodules and torch functions, as torch.fx can trace it.
 
     In eval mode, when no gradient is wanted (grad mode off, or neither x nor a parameter requires it), `forward` runs the Plan of
@@ -28,14 +29,22 @@ class Planned(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define _forward")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or not plain(x):
+        if exporting() and not self.training:
+            return self._plan_now()(x)
+        compiling = torch.compiler.is_dynamo_compiling()
+        if self.training or not (compiling or plain(x)):
             return self._forward(x)
         if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
             return self._forward(x)
+        if compiling:
+            return compiled(self, self._forward, x)
+        return self._plan_now().run(x)
+
+    def _plan_now(self) -> Plan:
         plan = self._plan
         if plan is None:
             plan = self._plan = Plan(self, "_forward")
-        return plan.run(x)
+        return plan
 
     def train(self, mode: bool = True) -> Planned:
         if any(module.training != mode for module in self.modules()):
@@ -45,6 +54,3 @@ class Planned(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Planned:
         self._plan = None
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_plan"}

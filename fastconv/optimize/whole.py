@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fastconv import _extension
+from fastconv.ops._network import FORMAT, encode
 from fastconv.ops._prepared import Prepared, PreparedResidual
 from fastconv.optimize.layers import Kernel
 
@@ -31,15 +32,20 @@ class Whole:
     """`whole(x)` is all of a plan's steps in one call of `fastconv::program_run`, to the same bits as one by one.
 
     Intermediate results stand in an arena, one per thread that calls at a time, which lives as long as the plan.
+    `network(x)` is the same through `fastconv::network`, which takes weights and program as arguments: for graphs that outlive the plan.
     """
 
-    def __init__(self, flatten: bool) -> None:
-        self.number = torch.ops.fastconv.program_new()
-        self.flatten = flatten
+    def __init__(self, weights: list[Tensor], program: str, flatten: bool) -> None:
+        self.weights, self.program, self.flatten = weights, program, flatten
+        self.number = torch.ops.fastconv.program_new(weights, program)
         weakref.finalize(self, torch.ops.fastconv.program_free, self.number)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.ops.fastconv.program_run.default(x, self.number)
+        return y[:, :, 0, 0] if self.flatten else y
+
+    def network(self, x: Tensor) -> Tensor:
+        y = torch.ops.fastconv.network.default(x, self.weights, self.program)
         return y[:, :, 0, 0] if self.flatten else y
 
     @staticmethod
@@ -60,7 +66,7 @@ def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:
         return None
     same: dict[fx.Node, fx.Node] = {}  # a flattened (N, C, 1, 1) is the same memory
     flat: set[fx.Node] = set()
-    steps: list[tuple[fx.Node, str, tuple, list[fx.Node]]] = []
+    steps: list[tuple[fx.Node, str, list[Tensor], list[str], list[fx.Node]]] = []
     for node, call in zip(nodes[1:-1], calls):
         inputs = [same.get(argument, argument) for argument in (node.args if isinstance(node.target, Kernel) else node.all_input_nodes)]
         if _is_flatten(node):
@@ -79,13 +85,15 @@ def whole(graph: fx.Graph, calls: list[object]) -> Whole | None:
         steps.append((node, *described, inputs))
     if not steps or steps[-1][0] is not same.get(result, result):
         return None
-    program = Whole(flatten=result in flat)
     values = {nodes[0]: 0}
-    for number, (node, op, arguments, inputs) in enumerate(steps, 1):
+    weights: list[Tensor] = []
+    program = [FORMAT]
+    for number, (node, op, tensors, words, inputs) in enumerate(steps, 1):
         places = [values[argument] for argument in inputs]
         values[node] = number
-        torch.ops.fastconv.program_add(program.number, op, *arguments, places[0], places[1] if len(places) > 1 else -1, number)
-    return program
+        weights += tensors
+        program.append(" ".join([op, str(places[0]), str(places[1] if len(places) > 1 else -1), *words]))
+    return Whole(weights, ";".join(program), flatten=result in flat)
 
 
 def _is_flatten(node: fx.Node) -> bool:
@@ -96,38 +104,18 @@ def _is_flatten(node: fx.Node) -> bool:
     return bool(pooled and node.meta.get("reshape") and shape is not None and len(shape) == 2)
 
 
-def _described(node: fx.Node, call: object) -> tuple[str, tuple] | None:
-    """A prepared step as `program_add` takes it: (operator, (weights, numbers, activations)), in the order of the operator's schema."""
+def _described(node: fx.Node, call: object) -> tuple[str, list[Tensor], list[str]] | None:
+    """A prepared step as a program has it: (operator, weights, words)."""
     if not isinstance(node.target, Kernel) or not isinstance(call, Prepared):
         return None
     args = list(call.args)
     if node.target.op == "linear":
-        op, schema = "pointwise_packed", torch.ops.fastconv.pointwise_packed.default._schema
+        op = torch.ops.fastconv.pointwise_packed.default
         if "f32" not in call.label or len(args) != 3:
             return None
     elif isinstance(call.op, torch._ops.OpOverload) and call.op.name() in _OPS and "f32" in call.label:
-        op, schema = call.op.name().removeprefix("fastconv::"), call.op._schema
+        op = call.op
         args += call.after if isinstance(call, PreparedResidual) else ()
     else:
         return None
-    weights: list[Tensor] = []
-    numbers: list[int] = []
-    activations: list[str] = []
-    formal = [argument for argument in schema.arguments if argument.name not in ("x", "residual")]
-    for argument, value in zip(formal, args, strict=False):
-        kind = str(argument.type)
-        if kind == "Optional[Tensor]":
-            numbers.append(value is not None)
-            weights += [] if value is None else [value]
-        elif kind == "Tensor":
-            weights.append(value)
-        elif kind == "List[Tensor]":
-            numbers.append(len(value))
-            weights += value
-        elif kind == "Optional[str]":
-            activations.append(value or "")
-        else:
-            numbers += map(int, value) if isinstance(value, (tuple, list)) else [int(value)]
-    # An optional argument at the end that was not given.
-    numbers += [0 for argument in formal[len(args) :] if str(argument.type) == "Optional[Tensor]"]
-    return op, (weights, numbers, ",".join(activations) + ",")
+    return op.name().removeprefix("fastconv::"), *encode(op._schema, args)

@@ -44,7 +44,7 @@ std::vector<Entry> table() {
   return entries;
 }
 
-std::atomic<const Kernels*> active{&scalar::kernels};
+std::atomic<const Kernels*> active{nullptr};
 
 std::string listed(const std::vector<std::string>& names) {
   std::string text;
@@ -67,7 +67,14 @@ std::vector<std::string> compiled_isas() {
   return names;
 }
 
-const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  const Kernels* chosen = active.load(std::memory_order_relaxed);
+  if (!chosen) [[unlikely]] {
+    choose_isa();
+    chosen = active.load();
+  }
+  return *chosen;
+}
 
 void set_isa(const std::string& name) {
   for (const Entry& entry : table())

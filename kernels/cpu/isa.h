@@ -14,13 +14,13 @@ std::vector<std::string> supported_isas();
 // Names of all tables compiled in, slowest first.
 std::vector<std::string> compiled_isas();
 
-// The table in use.
+// The table in use; where none was chosen, choose_isa's.
 const Kernels& kernels();
 
 // Chooses a table by name; throws std::invalid_argument if it is unknown, not compiled in, or not supported by this CPU.
 void set_isa(const std::string& name);
 
-// Chooses at load time: FASTCONV_ISA if set, else the best. Throws as set_isa does.
+// FASTCONV_ISA if set, else the best. Throws as set_isa does.
 void choose_isa();
 
 }  // namespace fastconv

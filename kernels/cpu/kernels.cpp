@@ -1,6 +1,7 @@
 // The kernel table of one ISA. setup.py compiles this file once per ISA, with that ISA's flags and FASTCONV_ISA set to its name.
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/depthwise.h"
+#include "kernels/cpu/gradient.h"
 #include "kernels/cpu/peak.h"
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
@@ -56,6 +57,16 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       max_pool,
                       sum_pixels,
                       scale_channels,
+                      activated,
+                      activated_exactly,
+                      moments,
+                      gradient,
+                      gradient_sums,
+                      through_activation,
+                      through_gate,
+                      product_gradient,
+                      depthwise_gradient,
+                      max_pool_gradient,
                       fma_chains,
                       read_stream,
                       copy_stream};

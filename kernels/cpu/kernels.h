@@ -128,6 +128,64 @@ struct MaxPool {
   Strides out_strides;
 };
 
+// Training. A layer keeps its raw sums y; the image that y stands for, z = activation(scale * y + shift) * gate, is made again wherever it is
+// read. Channels innermost; pointers stand at the first of `channels`, those that are one float a channel are dense.
+struct Activated {
+  const float* y;
+  int64_t stride;  // floats between pixels
+  int64_t channels;
+  const float *scale, *shift;  // or null: z is y
+  Activation activation;
+  const float* gate;  // of this image, or null
+  FASTCONV_SHARED bool plain() const { return !scale && !gate; }
+};
+
+// The gradient of a layer's sums: factor * (dz' - offset - (y - mean) * slope) with dz' = (dz + add) * activation'(scale * y + shift). Where
+// scale is null y is the activation's result: none, relu or relu6. Where factor is null it is dz' itself.
+struct Gradient {
+  const float* dz;
+  int64_t dz_stride;
+  const float* add;  // of this image, or null
+  const float* y;
+  int64_t y_stride;
+  int64_t channels;
+  const float *scale, *shift;
+  Activation activation;
+  const float *factor, *offset, *mean, *slope;
+};
+
+// sums[n, k] += sum over rows of dy[row, n] * z[row, k]. z's rows and those of sums reach to whole vectors.
+struct ProductGradient {
+  const float* dy;
+  int64_t dy_stride;
+  const float* z;
+  int64_t z_stride;
+  int64_t rows, outputs, inputs;
+  float* sums;
+  int64_t sums_stride;
+};
+
+// sums[tap, c] += sum over output pixels of dy * z under that tap. Images are blocked, in rings of rows; output pixel (h, w) of dy stands at
+// row h * stride_h, pixel w * stride_w: where the input gradient, a convolution of stride 1 over the same buffer, wants it.
+struct DepthwiseGradient {
+  const float *z, *dy;
+  Strides z_strides, dy_strides;
+  int64_t z_row_stride, dy_row_stride, z_ring_rows, dy_ring_rows;
+  int64_t height, width, channels;
+  int64_t out_width;
+  int64_t kernel, stride_h, stride_w, pad_h, pad_w;
+  float* sums;  // (K * K, blocks of 16 channels)
+  int64_t sums_stride;
+};
+
+// dx of a 3x3 maximum: dy goes to the first maximum of its window, as in ATen. One image, channels innermost, pixels dense.
+struct MaxPoolGradient {
+  const float *x, *dy;
+  int64_t height, width, channels, out_height, out_width;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+  float* dx;
+};
+
 struct KernelInfo {
   const char* op;
   const char* tile;  // pixels x output channels in registers
@@ -155,6 +213,19 @@ struct Kernels {
   // x points at the first channel of a block, sums and scales at that channel's.
   void (*sum_pixels)(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums);        // adds to sums
   void (*scale_channels)(float* x, Strides strides, int64_t pixels, int64_t channels, const float* scales);  // in place
+  // gradient.h. `to` and rows of sums reach to whole vectors; sums are added to.
+  void (*activated)(const Activated&, int64_t pixels, float* to, Strides to_strides);
+  void (*activated_exactly)(const Activated&, int64_t pixels, const float* residual, int64_t residual_stride, float* to, int64_t to_stride);
+  void (*moments)(const float* y, int64_t stride, int64_t pixels, int64_t channels, float* mean, float* squares);  // about the mean
+  void (*gradient)(const Gradient&, int64_t pixels, float* to, Strides to_strides);
+  void (*gradient_sums)(const Gradient&, int64_t pixels, const float* mean, float* sums, float* products);  // of dz', and dz' * (y - mean)
+  // dz *= activation'; adds the sums of what results.
+  void (*through_activation)(const Activated&, int64_t pixels, const float* mean, float* dz, int64_t dz_stride, float* sums,
+                             float* products);
+  void (*through_gate)(const Activated&, int64_t pixels, float* dz, int64_t dz_stride, float* gate_sums);  // adds dz * z, then dz *= gate
+  void (*product_gradient)(const ProductGradient&);
+  void (*depthwise_gradient)(const DepthwiseGradient&, Range out_rows);
+  void (*max_pool_gradient)(const MaxPoolGradient&);
   // peak.h
   double (*fma_chains)(int64_t iterations, float* sink);
   void (*read_stream)(const float* x, int64_t count, float* sink);

@@ -34,26 +34,33 @@ inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_ch
   }
 }
 
-// (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G g G^T for Winograd F(4x4, 3x3), in double until the last rounding.
-inline void pack_winograd(const float* weight, int64_t out_channels, int64_t in_channels, float* panels) {
+// Panel `g` of (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G w G^T for Winograd F(4x4, 3x3), in double until the last
+// rounding: first along the columns, then along the rows, 16 output channels at a time.
+inline void pack_winograd_panel(const float* weight, int64_t out_channels, int64_t in_channels, int64_t g, float* panel) {
   constexpr double G[6][3] = {{1.0 / 4, 0, 0},
                               {-1.0 / 6, -1.0 / 6, -1.0 / 6},
                               {-1.0 / 6, 1.0 / 6, -1.0 / 6},
                               {1.0 / 24, 1.0 / 12, 1.0 / 6},
                               {1.0 / 24, -1.0 / 12, 1.0 / 6},
                               {0, 0, 1}};
-  std::memset(panels, 0, panels_for(out_channels) * 36 * in_channels * PANEL * sizeof(float));
-  for (int64_t n = 0; n < out_channels; ++n)
-    for (int64_t c = 0; c < in_channels; ++c) {
-      const float* g = weight + (n * in_channels + c) * 9;
+  for (int64_t c = 0; c < in_channels; ++c) {
+    double w[9][PANEL] = {}, columns[3][6][PANEL];
+    for (int64_t j = 0; j < PANEL && g * PANEL + j < out_channels; ++j)
+      for (int64_t tap = 0; tap < 9; ++tap) w[tap][j] = weight[((g * PANEL + j) * in_channels + c) * 9 + tap];
+    for (int64_t a = 0; a < 3; ++a)
       for (int64_t i = 0; i < 6; ++i)
-        for (int64_t j = 0; j < 6; ++j) {
-          double sum = 0;
-          for (int64_t a = 0; a < 3; ++a)
-            for (int64_t b = 0; b < 3; ++b) sum += G[i][a] * static_cast<double>(g[a * 3 + b]) * G[j][b];
-          panels[((n / PANEL * 36 + i * 6 + j) * in_channels + c) * PANEL + n % PANEL] = static_cast<float>(sum);
-        }
-    }
+        for (int64_t j = 0; j < PANEL; ++j)
+          columns[a][i][j] = G[i][0] * w[a * 3][j] + G[i][1] * w[a * 3 + 1][j] + G[i][2] * w[a * 3 + 2][j];
+    for (int64_t k = 0; k < 6; ++k)
+      for (int64_t i = 0; i < 6; ++i)
+        for (int64_t j = 0; j < PANEL; ++j)
+          panel[((k * 6 + i) * in_channels + c) * PANEL + j] =
+              static_cast<float>(G[k][0] * columns[0][i][j] + G[k][1] * columns[1][i][j] + G[k][2] * columns[2][i][j]);
+  }
+}
+inline void pack_winograd(const float* weight, int64_t out_channels, int64_t in_channels, float* panels) {
+  for (int64_t g = 0; g < panels_for(out_channels); ++g)
+    pack_winograd_panel(weight, out_channels, in_channels, g, panels + g * 36 * in_channels * PANEL);
 }
 
 // (C, 1, K, K) -> taps (K * K, C).

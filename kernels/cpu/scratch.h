@@ -12,11 +12,18 @@ class Scratch {
   ~Scratch() { std::free(data_); }
 
   float* floats(int64_t count) {
-    if (count > capacity_) {
+#ifdef FASTCONV_EXACT_SCRATCH  // for sanitizers: never more than was asked for
+    const bool fits = count == capacity_;
+#else
+    const bool fits = count <= capacity_;
+#endif
+    if (!fits) {
       std::free(data_);
+      data_ = nullptr;
       capacity_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
-      if (!data_) throw std::bad_alloc();
+      void* block;
+      if (posix_memalign(&block, 64, count * sizeof(float)) != 0) throw std::bad_alloc();
+      data_ = static_cast<float*>(block);
       capacity_ = count;
     }
     return data_;

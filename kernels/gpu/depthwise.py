@@ -1,5 +1,7 @@
 """Depthwise convolution, 3x3 and 5x5: y[n, oh, ow, c] = sum over kh, kw of x[n, oh*s - p + kh, ow*s - p + kw, c] * w[c, kh, kw]."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -77,21 +79,27 @@ def depthwise(
     """
     n, channels, height, width = x.shape
     kernel = weight.shape[2]
-    taps = launch.kernel_order(weight).flatten(1).t()
     out_h = (height + 2 * padding[0] - kernel) // stride[0] + 1
     out_w = (width + 2 * padding[1] - kernel) // stride[1] + 1
     result, y = launch.outputs(x, (n, channels, out_h, out_w))
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    tile = config(Problem("depthwise", launch.DTYPES[x.dtype], out_h, out_w, channels, channels), launch.arch(x.device))
+    size = (height, width, out_h, out_w)
+    run = _launcher(x.device, x.dtype, launch.wide(x, y), n, channels, size, kernel, tuple(stride), tuple(padding), activation)
+    run(x, launch.kernel_order(weight), launch.dense(bias), y)
+    return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(device, dtype, wide, n, channels, size, kernel, stride, padding, activation) -> launch.Launcher:
+    _, _, out_h, out_w = size
+    tile = config(Problem("depthwise", launch.DTYPES[dtype], out_h, out_w, channels, channels), launch.arch(device))
     align = launch.alignment(channels)
     tiles_h, tiles_w, c_blocks = triton.cdiv(out_h, tile.rows), triton.cdiv(out_w, tile.cols), triton.cdiv(channels, tile.channels)
-    with launch.on(x):
-        depthwise_kernel[(n * tiles_h * tiles_w * c_blocks,)](
-            x, taps, launch.dense(bias), y,
-            height, width, out_h, out_w, channels // align, *padding, tiles_h, tiles_w, c_blocks,
-            K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN=align, WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX,
-            ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols, CHANNELS=tile.channels, num_warps=tile.num_warps,
-        )  # fmt: skip
-    return result if result is y else result.copy_(y)
+    return launch.Launcher(
+        depthwise_kernel, device, n * tiles_h * tiles_w * c_blocks,
+        (*size, channels // align, *padding, tiles_h, tiles_w, c_blocks),
+        K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN=align, WIDE=wide, ACTIVATION=activation,
+        ROWS=tile.rows, COLS=tile.cols, CHANNELS=tile.channels, num_warps=tile.num_warps,
+    )  # fmt: skip

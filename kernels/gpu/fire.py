@@ -1,5 +1,7 @@
 """SqueezeNet's fire module in one kernel: the squeezed tile feeds both expands, which write their slices of the concatenated output."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -117,15 +119,21 @@ def fire(
         return result
     x = launch.nhwc(x)
     tile = tile or config(problem(x, squeeze_weight, weight1x1, weight3x3), launch.arch(x.device))
+    run = _launcher(tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, height, width, squeezed, out1, out3)
+    run(
+        x, launch.kernel_order(squeeze_weight), launch.dense(squeeze_bias), launch.kernel_order(weight1x1), launch.dense(bias1x1),
+        launch.nhwc(weight3x3), launch.dense(bias3x3), y,
+    )  # fmt: skip
+    return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(tile, device, precision, wide, n, channels, height, width, squeezed, out1, out3) -> launch.Launcher:
     align_in, align_between, align1, align3 = map(launch.alignment, (channels, squeezed, out1, out3))
     tiles, o_blocks = tile.tiles(height, width), triton.cdiv(max(out1, out3), tile.channels)
-    with launch.on(x):
-        fire_kernel[(n * tiles * o_blocks,)](
-            x, launch.kernel_order(squeeze_weight), launch.dense(squeeze_bias), launch.kernel_order(weight1x1), launch.dense(bias1x1),
-            launch.nhwc(weight3x3), launch.dense(bias3x3), y,
-            height, width, channels // align_in, squeezed // align_between, out1 // align1, out3 // align3, tiles, o_blocks,
-            ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, ALIGN_1X1=align1, ALIGN_3X3=align3, PRECISION=launch.precision(x.dtype),
-            WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, STEPS=launch.steps(channels, tile.depth_in), **tile.constants,
-            DEPTH_IN=tile.depth_in, **launch.options(tile),
-        )  # fmt: skip
-    return result if result is y else result.copy_(y)
+    return launch.Launcher(
+        fire_kernel, device, n * tiles * o_blocks,
+        (height, width, channels // align_in, squeezed // align_between, out1 // align1, out3 // align3, tiles, o_blocks),
+        ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, ALIGN_1X1=align1, ALIGN_3X3=align3, PRECISION=precision, WIDE=wide,
+        STEPS=launch.steps(channels, tile.depth_in), **tile.constants, DEPTH_IN=tile.depth_in, **launch.options(tile),
+    )  # fmt: skip

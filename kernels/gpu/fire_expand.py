@@ -1,5 +1,7 @@
 """The two expands of a fire module into one output: cat([relu(conv1x1(x)), relu(conv3x3(x, padding=1))], 1), without a cat."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -97,16 +99,20 @@ def fire_expand(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    precision = launch.precision(x.dtype)
-    dtype = "tf32" if precision == "tf32" else launch.DTYPES[x.dtype]
-    tile = config(Problem("fire_expand", dtype, height, width, in_channels, max(out1, out3)), launch.arch(x.device))
+    run = _launcher(x.device, x.dtype, launch.precision(x.dtype), launch.wide(x), n, in_channels, height, width, out1, out3)
+    run(x, launch.kernel_order(weight1x1), launch.dense(bias1x1), launch.nhwc(weight3x3), launch.dense(bias3x3), y)
+    return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(device, dtype, precision, wide, n, in_channels, height, width, out1, out3) -> launch.Launcher:
+    kind = "tf32" if precision == "tf32" else launch.DTYPES[dtype]
+    tile = config(Problem("fire_expand", kind, height, width, in_channels, max(out1, out3)), launch.arch(device))
     align_in, align1, align3 = launch.alignment(in_channels), launch.alignment(out1), launch.alignment(out3)
     pixels, o_blocks = n * height * width, triton.cdiv(max(out1, out3), tile.channels)
-    with launch.on(x):
-        fire_expand_kernel[(triton.cdiv(pixels, tile.pixels) * o_blocks,)](
-            x, launch.kernel_order(weight1x1), launch.dense(bias1x1), launch.nhwc(weight3x3), launch.dense(bias3x3), y,
-            pixels, height, width, height * width, in_channels // align_in, out1 // align1, out3 // align3, o_blocks,
-            ALIGN_IN=align_in, ALIGN_1X1=align1, ALIGN_3X3=align3, PRECISION=precision, WIDE=x.numel() // n > launch.INT32_MAX,
-            PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return result if result is y else result.copy_(y)
+    return launch.Launcher(
+        fire_expand_kernel, device, triton.cdiv(pixels, tile.pixels) * o_blocks,
+        (pixels, height, width, height * width, in_channels // align_in, out1 // align1, out3 // align3, o_blocks),
+        ALIGN_IN=align_in, ALIGN_1X1=align1, ALIGN_3X3=align3, PRECISION=precision, WIDE=wide,
+        PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """fire_expand and the 3x3 max-pool after it in one kernel: the concatenated output, SqueezeNet's largest, is never in device memory."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -115,14 +117,21 @@ def fire_pool(
         return result
     x = launch.nhwc(x)
     tile = tile or config(problem(x, weight1x1, weight3x3, stride, padding, size), launch.arch(x.device))
-    align_in, align1, align3 = map(launch.alignment, (channels, out1, out3))
-    tiles, o_blocks = tile.tiles(*size), triton.cdiv(max(out1, out3), tile.channels)
-    with launch.on(x):
-        fire_pool_kernel[(n * tiles * o_blocks,)](
-            x, launch.kernel_order(weight1x1), launch.dense(bias1x1), launch.nhwc(weight3x3), launch.dense(bias3x3), y,
-            height, width, *size, channels // align_in, out1 // align1, out3 // align3, *padding, tiles, o_blocks,
-            STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_1X1=align1, ALIGN_3X3=align3,
-            PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, **tile.constants,
-            **launch.options(tile),
-        )  # fmt: skip
+    run = _launcher(
+        tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, (height, width, *size), out1, out3,
+        tuple(stride), tuple(padding),
+    )  # fmt: skip
+    run(x, launch.kernel_order(weight1x1), launch.dense(bias1x1), launch.nhwc(weight3x3), launch.dense(bias3x3), y)
     return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(tile, device, precision, wide, n, channels, size, out1, out3, stride, padding) -> launch.Launcher:
+    align_in, align1, align3 = map(launch.alignment, (channels, out1, out3))
+    tiles, o_blocks = tile.tiles(*size[2:]), triton.cdiv(max(out1, out3), tile.channels)
+    return launch.Launcher(
+        fire_pool_kernel, device, n * tiles * o_blocks,
+        (*size, channels // align_in, out1 // align1, out3 // align3, *padding, tiles, o_blocks),
+        STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_1X1=align1, ALIGN_3X3=align3,
+        PRECISION=precision, WIDE=wide, **tile.constants, **launch.options(tile),
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """Mean over an image's pixels, or over sums that other kernels left of them: y[n, c] = sum over p of x[n, p, c] / pixels."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -40,10 +42,15 @@ def global_avg_pool(x: torch.Tensor, pixels: int | None = None, dtype: torch.dty
     if y.numel() == 0:
         return y
     x = launch.nhwc(x)
-    align, c_blocks = launch.alignment(channels), triton.cdiv(channels, CHANNELS)
-    with launch.on(x):
-        global_avg_pool_kernel[(n * c_blocks,)](
-            x, y, height * width, pixels or height * width, channels // align, c_blocks,
-            ALIGN=align, WIDE=x.numel() // n > launch.INT32_MAX, PIXELS=PIXELS, CHANNELS=CHANNELS,
-        )  # fmt: skip
+    _launcher(x.device, x.dtype, y.dtype, launch.wide(x), n, channels, height * width, pixels or height * width)(x, y)
     return y
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(device, dtype, out_dtype, wide, n, channels, rows, pixels) -> launch.Launcher:
+    align, c_blocks = launch.alignment(channels), triton.cdiv(channels, CHANNELS)
+    return launch.Launcher(
+        global_avg_pool_kernel, device, n * c_blocks,
+        (rows, pixels, channels // align, c_blocks),
+        ALIGN=align, WIDE=wide, PIXELS=PIXELS, CHANNELS=CHANNELS,
+    )  # fmt: skip

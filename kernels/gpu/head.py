@@ -3,6 +3,8 @@
 y[n, o] = mean over p of activation(sum over c of x[n, p, c] * w[o, c] + bias[o])
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -68,14 +70,18 @@ def head(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
         return y
     x = launch.nhwc(x)
     tile = tile or config(problem(x, weight), launch.arch(x.device))
+    run = _launcher(tile, x.device, launch.precision(x.dtype), launch.wide(x), n, channels, height * width, out_channels, activation)
+    run(x, launch.kernel_order(weight), launch.dense(bias), y)
+    return y
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(tile, device, precision, wide, n, channels, image, out_channels, activation) -> launch.Launcher:
     align_in, align_out = launch.alignment(channels), launch.alignment(out_channels)
     o_blocks = triton.cdiv(out_channels, tile.channels)
-    with launch.on(x):
-        head_kernel[(n * o_blocks,)](
-            x, launch.kernel_order(weight), launch.dense(bias), y,
-            height * width, channels // align_in, out_channels // align_out, o_blocks,
-            ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=launch.precision(x.dtype), WIDE=x.numel() // n > launch.INT32_MAX,
-            ACTIVATION=activation, PIXELS=tile.lanes, CHANNELS=tile.channels, DEPTH=tile.depth,
-            **launch.options(tile),
-        )  # fmt: skip
-    return y
+    return launch.Launcher(
+        head_kernel, device, n * o_blocks,
+        (image, channels // align_in, out_channels // align_out, o_blocks),
+        ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, WIDE=wide, ACTIVATION=activation,
+        PIXELS=tile.lanes, CHANNELS=tile.channels, DEPTH=tile.depth, **launch.options(tile),
+    )  # fmt: skip

@@ -8,6 +8,8 @@ Squeeze-excitation needs the mean of the depthwise result before the projection 
 result and the sums of its tiles, and the projection scales what it loads (`pointwise`).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -180,22 +182,32 @@ def inverted_residual(
         return result
     x = launch.nhwc(x)
     tile = tile or config(problem("inverted_residual", x, depthwise_weight, out_channels, stride, padding), launch.arch(x.device))
-    align_in, align_between, align_out = map(launch.alignment, (channels, expanded, out_channels))
-    tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
-    with launch.on(x):
-        inverted_residual_kernel[(n * tiles * o_blocks,)](
-            x, launch.kernel_order(expand_weight), launch.dense(expand_bias),
-            launch.kernel_order(depthwise_weight).flatten(1).t(), launch.dense(depthwise_bias),
-            launch.kernel_order(project_weight), launch.dense(project_bias), launch.nhwc(residual), y,
-            height, width, out_h, out_w, channels // align_in, expanded // align_between, out_channels // align_out, *padding,
-            tiles, o_blocks,
-            K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, ALIGN_OUT=align_out,
-            PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX,
-            EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation, ACTIVATION=activation,
-            STEPS=launch.steps(channels, tile.depth_in), **tile.constants, DEPTH_IN=tile.depth_in,
-            **launch.options(tile),
-        )  # fmt: skip
+    run = _launcher(
+        tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, expanded, out_channels, (height, width, out_h, out_w),
+        kernel, tuple(stride), tuple(padding), expand_activation, depthwise_activation, activation,
+    )  # fmt: skip
+    run(
+        x, launch.kernel_order(expand_weight), launch.dense(expand_bias), launch.kernel_order(depthwise_weight),
+        launch.dense(depthwise_bias), launch.kernel_order(project_weight), launch.dense(project_bias), launch.nhwc(residual), y,
+    )  # fmt: skip
     return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(
+    tile, device, precision, wide, n, channels, expanded, out_channels, size, kernel, stride, padding,
+    expand_activation, depthwise_activation, activation,
+) -> launch.Launcher:  # fmt: skip
+    align_in, align_between, align_out = map(launch.alignment, (channels, expanded, out_channels))
+    tiles, o_blocks = tile.tiles(*size[2:]), triton.cdiv(out_channels, tile.channels)
+    return launch.Launcher(
+        inverted_residual_kernel, device, n * tiles * o_blocks,
+        (*size, channels // align_in, expanded // align_between, out_channels // align_out, *padding, tiles, o_blocks),
+        K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, ALIGN_OUT=align_out,
+        PRECISION=precision, WIDE=wide, EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation,
+        ACTIVATION=activation, STEPS=launch.steps(channels, tile.depth_in), **tile.constants, DEPTH_IN=tile.depth_in,
+        **launch.options(tile),
+    )  # fmt: skip
 
 
 def expand_depthwise(
@@ -217,21 +229,31 @@ def expand_depthwise(
     x = launch.nhwc(x)
     _, y = launch.outputs(x, (n, expanded, out_h, out_w))
     tile = tile or config(problem("expand_depthwise", x, depthwise_weight, expanded, stride, padding), launch.arch(x.device))
-    tiles, e_blocks = tile.tiles(out_h, out_w), triton.cdiv(expanded, tile.depth)
+    tiles = tile.tiles(out_h, out_w)
     sums = torch.empty((n, tiles, 1, expanded), dtype=torch.float32, device=x.device).permute(0, 3, 1, 2)
     if y.numel() == 0:
         return y, sums
-    align_in, align_between = launch.alignment(channels), launch.alignment(expanded)
-    with launch.on(x):
-        expand_depthwise_kernel[(n * tiles * e_blocks,)](
-            x, launch.kernel_order(expand_weight), launch.dense(expand_bias),
-            launch.kernel_order(depthwise_weight).flatten(1).t(), launch.dense(depthwise_bias), y, sums,
-            height, width, out_h, out_w, channels // align_in, expanded // align_between, *padding, tiles, e_blocks,
-            K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_BETWEEN=align_between,
-            PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX,
-            EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation,
-            STEPS=launch.steps(channels, tile.depth_in),
-            RUN=tile.run, LANES=tile.lanes, DEPTH=tile.depth, DEPTH_IN=tile.depth_in,
-            **launch.options(tile),
-        )  # fmt: skip
+    run = _expand_depthwise_launcher(
+        tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, expanded, (height, width, out_h, out_w), kernel,
+        tuple(stride), tuple(padding), expand_activation, depthwise_activation,
+    )  # fmt: skip
+    run(
+        x, launch.kernel_order(expand_weight), launch.dense(expand_bias), launch.kernel_order(depthwise_weight),
+        launch.dense(depthwise_bias), y, sums,
+    )  # fmt: skip
     return y, sums
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _expand_depthwise_launcher(
+    tile, device, precision, wide, n, channels, expanded, size, kernel, stride, padding, expand_activation, depthwise_activation
+) -> launch.Launcher:
+    align_in, align_between = launch.alignment(channels), launch.alignment(expanded)
+    tiles, e_blocks = tile.tiles(*size[2:]), triton.cdiv(expanded, tile.depth)
+    return launch.Launcher(
+        expand_depthwise_kernel, device, n * tiles * e_blocks,
+        (*size, channels // align_in, expanded // align_between, *padding, tiles, e_blocks),
+        K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_BETWEEN=align_between, PRECISION=precision, WIDE=wide,
+        EXPAND_ACTIVATION=expand_activation, DEPTHWISE_ACTIVATION=depthwise_activation, STEPS=launch.steps(channels, tile.depth_in),
+        RUN=tile.run, LANES=tile.lanes, DEPTH=tile.depth, DEPTH_IN=tile.depth_in, **launch.options(tile),
+    )  # fmt: skip

@@ -3,13 +3,16 @@
 import contextlib
 import functools
 import math
+from typing import Any
 
 import torch
+import triton
 
 from .configs import BlockTile
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 INT32_MAX = 2**31 - 1
+SHAPES = 4096  # launchers that an operation keeps
 
 
 @functools.cache
@@ -54,9 +57,13 @@ def nhwc(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def kernel_order(weight: torch.Tensor) -> torch.Tensor:
     """The same weight in the memory order that the kernels read: (K, K, C) if depthwise, else (Cout, K, K, Cin). Copies only if it must."""
-    order = (2, 3, 0, 1) if weight.shape[1] == 1 and weight.shape[2] > 1 else (0, 2, 3, 1)
-    inverse = [order.index(dim) for dim in range(4)]
-    return weight.permute(order).contiguous().permute(inverse)
+    channels, depth, kernel, _ = weight.shape
+    if depth == 1 and kernel > 1:
+        strides = weight.stride()
+        if (strides[0], strides[2], strides[3]) == (1, kernel * channels, channels):
+            return weight
+        return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    return nhwc(weight)
 
 
 def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -73,14 +80,73 @@ def outputs(x: torch.Tensor, shape: tuple[int, ...], always_nhwc: bool = False) 
     """(the tensor to return, the NHWC tensor the kernel fills): one tensor unless x is NCHW and its output must be, too."""
     layout = torch.channels_last if always_nhwc else memory_format(x)
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    is_nhwc = result.is_contiguous(memory_format=torch.channels_last)
+    is_nhwc = layout is torch.channels_last or result.is_contiguous(memory_format=torch.channels_last)
     filled = result if is_nhwc else torch.empty_like(result, memory_format=torch.channels_last)
     return result, filled
+
+
+def wide(*tensors: torch.Tensor) -> bool:
+    """Whether an image of any of them passes 2^31 elements."""
+    return max([tensor.numel() for tensor in tensors]) // tensors[0].shape[0] > INT32_MAX
 
 
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes x's GPU the current one: Triton launches on the current device, and a Python kernel gets no device guard from torch."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+# Where a compiled kernel is run as `Launcher` does it: what JITFunction.run itself calls in these releases.
+_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
+class Launcher:
+    """A kernel with all of its arguments but the tensors: `launcher(*tensors)` runs it. Made once for each shape, dtype and device.
+
+    Triton compiles in the first call. Later ones hand the compiled kernel its arguments themselves: finding it anew by the types and
+    alignments of all arguments is most of what a launch costs. One variant is compiled for each pattern of tensors that are None
+    or do not lie at a multiple of 16 bytes. Launch hooks (profilers) and releases of Triton that are not known take Triton's way.
+
+    grid: the number of programs; numbers: the kernel's runtime arguments after its tensors; constants: by name, with compiler options.
+    """
+
+    __slots__ = ("constants", "current", "device", "grid", "kernel", "numbers", "tail", "variants")
+
+    def __init__(self, kernel: Any, device: torch.device, grid: int, numbers: tuple[int, ...], **constants: Any) -> None:
+        self.kernel, self.device, self.grid, self.numbers, self.constants = kernel, device, grid, numbers, constants
+        self.tail = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self.variants: dict[tuple, tuple] = {}
+        self.current: Any = None  # triton's driver
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        variant = tuple([pointer and pointer & 15 for pointer in pointers])
+        known = self.variants.get(variant)
+        if known is None or _watched() or self.current.get_current_device() != self.device.index:
+            self._through_triton(variant, tensors)
+            return
+        run, function, metadata = known
+        stream = self.current.get_current_stream(self.device.index)
+        run(self.grid, 1, 1, stream, function, metadata, None, None, None, *pointers, *self.tail)
+
+    def _through_triton(self, variant: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        with on(tensors[0]):
+            try:
+                compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
+            except OSError as problem:
+                from . import cache
+
+                if not cache.degraded(problem):
+                    raise
+                compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
+            if _KNOWN and compiled is not None and hasattr(compiled, "packed_metadata"):  # none in the interpreter
+                self.current = triton.runtime.driver.active
+                self.variants[variant] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+def _watched() -> bool:
+    """Whether somebody asked Triton to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
 def options(tile: BlockTile) -> dict[str, int]:

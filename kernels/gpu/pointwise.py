@@ -3,6 +3,8 @@
 y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o]), x scaled by a gate per image and channel if there is one
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -76,16 +78,20 @@ def pointwise(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    precision = launch.precision(x.dtype)
-    dtype = "tf32" if precision == "tf32" else launch.DTYPES[x.dtype]
-    tile = config(Problem("pointwise", dtype, height, width, in_channels, out_channels), launch.arch(x.device))
+    run = _launcher(x.device, x.dtype, launch.precision(x.dtype), n, in_channels, height, width, out_channels, activation)
+    run(x, launch.dense(gate), launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y)
+    return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(device, dtype, precision, n, in_channels, height, width, out_channels, activation) -> launch.Launcher:
+    kind = "tf32" if precision == "tf32" else launch.DTYPES[dtype]
+    tile = config(Problem("pointwise", kind, height, width, in_channels, out_channels), launch.arch(device))
     align_in, align_out = launch.alignment(in_channels), launch.alignment(out_channels)
     pixels, o_blocks = n * height * width, triton.cdiv(out_channels, tile.channels)
-    with launch.on(x):
-        pointwise_kernel[(triton.cdiv(pixels, tile.pixels) * o_blocks,)](
-            x, launch.dense(gate), launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y,
-            pixels, height * width, in_channels // align_in, out_channels // align_out, o_blocks,
-            ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, ACTIVATION=activation,
-            PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return result if result is y else result.copy_(y)
+    return launch.Launcher(
+        pointwise_kernel, device, triton.cdiv(pixels, tile.pixels) * o_blocks,
+        (pixels, height * width, in_channels // align_in, out_channels // align_out, o_blocks),
+        ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, ACTIVATION=activation,
+        PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -3,6 +3,8 @@
 y[n, p, o] = activation(sum over c of d[n, p, c] * w[o, c] + bias[o] + residual[n, p, o]), d = depthwise_activation(depthwise(x) + its bias)
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -103,18 +105,27 @@ def separable(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    taps = launch.kernel_order(depthwise_weight).flatten(1).t()
-    precision = launch.precision(x.dtype)
     tile = tile or config(problem(x, depthwise_weight, pointwise_weight, stride, padding), launch.arch(x.device))
-    align_in, align_out = launch.alignment(channels), launch.alignment(out_channels)
-    tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
-    with launch.on(x):
-        separable_kernel[(n * tiles * o_blocks,)](
-            x, taps, launch.dense(depthwise_bias), launch.kernel_order(pointwise_weight), launch.dense(pointwise_bias),
-            launch.nhwc(residual), y,
-            height, width, out_h, out_w, channels // align_in, out_channels // align_out, *padding, tiles, o_blocks,
-            K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision,
-            WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, DEPTHWISE_ACTIVATION=depthwise_activation, ACTIVATION=activation,
-            **tile.constants, **launch.options(tile),
-        )  # fmt: skip
+    run = _launcher(
+        tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, out_channels, (height, width, out_h, out_w), kernel,
+        tuple(stride), tuple(padding), depthwise_activation, activation,
+    )  # fmt: skip
+    run(
+        x, launch.kernel_order(depthwise_weight), launch.dense(depthwise_bias), launch.kernel_order(pointwise_weight),
+        launch.dense(pointwise_bias), launch.nhwc(residual), y,
+    )  # fmt: skip
     return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(
+    tile, device, precision, wide, n, channels, out_channels, size, kernel, stride, padding, depthwise_activation, activation
+) -> launch.Launcher:
+    align_in, align_out = launch.alignment(channels), launch.alignment(out_channels)
+    tiles, o_blocks = tile.tiles(*size[2:]), triton.cdiv(out_channels, tile.channels)
+    return launch.Launcher(
+        separable_kernel, device, n * tiles * o_blocks,
+        (*size, channels // align_in, out_channels // align_out, *padding, tiles, o_blocks),
+        K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, WIDE=wide,
+        DEPTHWISE_ACTIVATION=depthwise_activation, ACTIVATION=activation, **tile.constants, **launch.options(tile),
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """A network's first layer: a dense convolution of an image with few channels, as one matrix product over (window, channel)."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -81,16 +83,24 @@ def stem(
     if y.numel() == 0:
         return result
     x = x if x.is_contiguous() else launch.nhwc(x)
-    strides = (height * width, width, 1) if x.is_contiguous() else (1, width * channels, channels)
     tile = tile or config(problem(x, weight, stride, padding), launch.arch(x.device))
+    run = _launcher(
+        tile, x.device, launch.precision(x.dtype), launch.wide(x, y), x.is_contiguous(), n, channels, out_channels,
+        (height, width, out_h, out_w), (kernel_h, kernel_w), tuple(stride), tuple(padding), activation,
+    )  # fmt: skip
+    run(x, launch.nhwc(weight), launch.dense(bias), y)
+    return result if result is y else result.copy_(y)
+
+
+@functools.lru_cache(maxsize=launch.SHAPES)
+def _launcher(tile, device, precision, wide, nchw, n, channels, out_channels, size, kernel, stride, padding, activation) -> launch.Launcher:
+    height, width, out_h, out_w = size
+    strides = (height * width, width, 1) if nchw else (1, width * channels, channels)
     align = launch.alignment(out_channels)
     tiles, o_blocks = tile.tiles(out_h, out_w), triton.cdiv(out_channels, tile.channels)
-    with launch.on(x):
-        stem_kernel[(n * tiles * o_blocks,)](
-            x, weight.permute(0, 2, 3, 1).contiguous(), launch.dense(bias), y,
-            height, width, out_h, out_w, *strides, out_channels // align, *padding, tiles, o_blocks,
-            C=channels, KH=kernel_h, KW=kernel_w, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_OUT=align,
-            PRECISION=launch.precision(x.dtype), WIDE=max(x.numel(), y.numel()) // n > launch.INT32_MAX, ACTIVATION=activation,
-            **tile.constants, **launch.options(tile),
-        )  # fmt: skip
-    return result if result is y else result.copy_(y)
+    return launch.Launcher(
+        stem_kernel, device, n * tiles * o_blocks,
+        (*size, *strides, out_channels // align, *padding, tiles, o_blocks),
+        C=channels, KH=kernel[0], KW=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN_OUT=align,
+        PRECISION=precision, WIDE=wide, ACTIVATION=activation, **tile.constants, **launch.options(tile),
+    )  # fmt: skip

@@ -1,0 +1,545 @@
+"""Training through fused kernels: convolution, batch norm and activation in a row, where only the convolutions' sums are stored.
+
+In plain torch each layer of a MobileNet keeps two images for its backward and reads or writes one eight times or more; here each keeps one,
+and what batch norm and activation make of it is made again inside the kernels that read it. Gradients follow Ioffe and Szegedy
+(arXiv:1502.03167); statistics are those of torch.nn.BatchNorm2d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastconv import _extension, reference
+from fastconv.nn._buffers import buffers
+from fastconv.nn._conv import KernelConv2d
+from fastconv.optimize.plan import plain
+
+_ACTIVATIONS = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.SiLU: "silu",
+    nn.Identity: None,
+}
+_WITHOUT_NORM = (None, "relu", "relu6")  # whose slope shows in their result
+_NONE, _BATCH, _RUNNING = 0, 1, 2  # norm, as csrc/training.cpp numbers it
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, the norm after it or None, and the activation."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    activation: str | None
+
+    @property
+    def statistics(self) -> int:
+        if self.norm is None:
+            return _NONE
+        return _BATCH if self.norm.training or self.norm.running_mean is None else _RUNNING
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        norm = self.norm
+        return (self.conv.weight, self.conv.bias, *((None, None) if norm is None else (norm.weight, norm.bias)))
+
+
+def run(x: Tensor, modules: nn.Sequential, residual: bool = False) -> Tensor:
+    """modules(x), with x added if `residual`: through the training kernels where they cover x and every module, or as it is."""
+    y = _trained(x, modules, residual)
+    if y is not None:
+        return y
+    y = modules(x)
+    return x + y if residual else y
+
+
+def run_each(x: Tensor, modules: Iterable[nn.Module], residual: bool = False) -> Tensor:
+    """The same for modules that no Sequential holds, or for one that calls this itself."""
+    y = _trained(x, modules, residual)
+    if y is not None:
+        return y
+    y = x
+    for module in modules:
+        y = module(y)
+    return y + x if residual else y
+
+
+def _trained(x: Tensor, modules: Iterable[nn.Module], residual: bool) -> Tensor | None:
+    if not trains(x):
+        return None
+    parts = _parts(modules)
+    return formatted_like(_run_parts(x, parts, residual), x) if parts is not None and _serves(x, parts) else None
+
+
+def formatted_like(y: Tensor, x: Tensor) -> Tensor:
+    """y, which has its channels innermost, in x's memory format."""
+    innermost = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y if innermost else y.contiguous()
+
+
+def innermost(x: Tensor) -> Tensor:
+    """x as the training kernels read it, where they will: for a network, whose layers would each change the format and back."""
+    return x.contiguous(memory_format=torch.channels_last) if trains(x) else x
+
+
+def trains(x: Tensor) -> bool:
+    """Whether x may go through the training kernels: a float32 image on the CPU, while gradients are recorded."""
+    return (
+        plain(x)
+        and torch.is_grad_enabled()
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.dim() == 4
+        and x.numel() > 0
+        and _extension.available
+        and _extension.backend() in ("auto", "cpu")
+    )
+
+
+# Structure.
+
+
+def _bare(module: nn.Module) -> bool:
+    """Without hooks, which would want to see what is never stored."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or getattr(module, "_backward_pre_hooks", None)
+    )
+
+
+def _flat(modules: Iterable[nn.Module]) -> list[nn.Module] | None:
+    flat: list[nn.Module] = []
+    for module in modules:
+        if isinstance(module, nn.Sequential):
+            inner = _flat(module) if _bare(module) and _is_chain(module) else None
+            if inner is None:
+                return None
+            flat += inner
+        else:
+            flat.append(module)
+    return flat
+
+
+def _is_chain(module: nn.Sequential) -> bool:
+    return type(module).forward is nn.Sequential.forward or getattr(module, "is_chain", False)
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Squeeze-excitation as in torchvision: scale_activation(fc2(activation(fc1(mean)))) * x."""
+    names = ("avgpool", "fc1", "fc2", "activation", "scale_activation")
+    pool = getattr(module, "avgpool", None)
+    return (
+        type(module).__name__ == "SqueezeExcitation"
+        and list(module._modules) == list(names)
+        and isinstance(pool, nn.AdaptiveAvgPool2d)
+        and pool.output_size in (1, (1, 1))
+        and _bare(module)
+        and _bare(pool)
+    )
+
+
+def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
+    """Layers and squeeze-excitations in order, or None where a module is neither."""
+    flat = _flat(modules)
+    if not flat:
+        return None
+    parts: list[Layer | nn.Module] = []
+    i = 0
+    while i < len(flat):
+        conv = flat[i]
+        if parts and _is_gate(conv) and isinstance(parts[-1], Layer) and parts[-1].norm is not None:
+            parts.append(conv)
+            i += 1
+            continue
+        if not _is_covered_conv(conv):
+            return None
+        i += 1
+        norm, activation = None, None
+        if i < len(flat) and type(flat[i]) is nn.BatchNorm2d:
+            norm = flat[i]
+            if not (_bare(norm) and norm.num_features == conv.out_channels):
+                return None
+            i += 1
+        if i < len(flat) and type(flat[i]) in _ACTIVATIONS:
+            if not _bare(flat[i]):
+                return None
+            activation = _ACTIVATIONS[type(flat[i])]
+            i += 1
+        if norm is None and activation not in _WITHOUT_NORM:
+            return None
+        parts.append(Layer(conv, norm, activation))
+    if not isinstance(parts[-1], Layer):
+        return None
+    # What stands behind a gate reads its input through it, which only a 1x1 convolution does.
+    after_gates = (parts[i + 1] for i, part in enumerate(parts) if not isinstance(part, Layer))
+    return parts if all(isinstance(part, Layer) and part.conv.kernel_size == (1, 1) for part in after_gates) else None
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d or isinstance(module, KernelConv2d)
+
+
+def _is_covered_conv(conv: nn.Module) -> bool:
+    if not (_is_plain_conv(conv) and _bare(conv) and conv.padding_mode == "zeros" and conv.dilation == (1, 1)):
+        return False
+    if isinstance(conv.padding, str):
+        return False
+    kernel, stride = conv.kernel_size, conv.stride
+    if conv.groups == 1:
+        if kernel == (1, 1):
+            return stride == (1, 1) and conv.padding == (0, 0)
+        return conv.in_channels <= 4  # a stem
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    below = conv.padding[0] < kernel[0] and conv.padding[1] < kernel[1]
+    return depthwise and kernel in ((3, 3), (5, 5)) and stride[1] <= 2 and below
+
+
+def _serves(x: Tensor, parts: list[Layer | nn.Module]) -> bool:
+    """Whether tensors and sizes fit; what is wrong is left to torch's own modules, whose messages users know."""
+    channels, height, width = x.shape[1:]
+    for number, part in enumerate(parts):
+        if not isinstance(part, Layer):
+            continue
+        conv, norm = part.conv, part.norm
+        if conv.in_channels != channels or (conv.groups == 1 and conv.kernel_size != (1, 1) and (number or x.requires_grad)):
+            return False
+        tensors = [tensor for tensor in part.parameters if tensor is not None]
+        if norm is not None and norm.running_mean is not None:
+            tensors += [norm.running_mean, norm.running_var]
+        if not _are_covered(tensors):
+            return False
+        channels = conv.out_channels
+        height = (height + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
+        width = (width + 2 * conv.padding[1] - conv.kernel_size[1]) // conv.stride[1] + 1
+        if height <= 0 or width <= 0:
+            return False
+        if part.statistics == _BATCH and x.shape[0] * height * width == 1:
+            return False
+    return True
+
+
+def _are_covered(tensors: Iterable[Tensor]) -> bool:
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+
+
+# Running.
+
+
+def _run_parts(x: Tensor, parts: list[Layer | nn.Module], residual: bool) -> Tensor:
+    added = x if residual else None
+    state: tuple[Tensor, Tensor | None, Tensor | None, str | None] = (x, None, None, None)  # image, its norm, gate, activation
+    layers: list[Layer] = []
+    for part in parts:
+        if isinstance(part, Layer):
+            layers.append(part)
+            continue
+        # The means are torch's from here to the gate: its layers are small, and may be anything.
+        y, norm, means = _Chain.apply(*state, None, tuple(layers), False, *_flat_parameters(layers))
+        gate = part.scale_activation(part.fc2(part.activation(part.fc1(means))))
+        state, layers = (y, norm, gate, layers[-1].activation), []
+    return _Chain.apply(*state, added, tuple(layers), True, *_flat_parameters(layers))
+
+
+def _output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    n, _, *size = x.shape
+    height, width = (
+        (extent + 2 * padding - kernel) // stride + 1
+        for extent, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return n, conv.out_channels, height, width
+
+
+def _flat_parameters(layers: Sequence[Layer]) -> list[Tensor | None]:
+    return [parameter for layer in layers for parameter in layer.parameters]
+
+
+def _momentum(norm: nn.BatchNorm2d) -> float:
+    """As BatchNorm2d counts batches; None: the average over all of them."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
+
+
+class _Chain(torch.autograd.Function):
+    """Layers in a row. `finish`: the last one's image is made, and `residual` added; otherwise its sums come back with their norm and the
+    image's means, and what arrives as the sums' gradient is the image's."""
+
+    @staticmethod
+    def forward(ctx, x, norm, gate, activation, residual, layers, finish, *parameters):
+        ops = torch.ops.fastconv
+        images, norms = [x], [norm]
+        ctx.input_activation, ctx.layers, ctx.finish, ctx.own = activation, layers, finish, residual is x
+        ctx.statistics = [layer.statistics for layer in layers]
+        for i, layer in enumerate(layers):
+            weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+            kind, batch_norm = ctx.statistics[i], layer.norm
+            tracks = kind == _BATCH and batch_norm.running_mean is not None and batch_norm.training
+            y = buffers.image(_output_shape(images[-1], layer.conv))
+            _, made = ops.training_conv(
+                images[-1],
+                norms[-1],
+                gate if i == 0 else None,
+                activation,
+                weight,
+                bias,
+                layer.activation if kind == _NONE else None,
+                kind,
+                gamma,
+                beta,
+                batch_norm.running_mean if tracks or kind == _RUNNING else None,
+                batch_norm.running_var if tracks or kind == _RUNNING else None,
+                _momentum(batch_norm) if tracks else 0.0,
+                batch_norm.eps if batch_norm is not None else 0.0,
+                layer.conv.stride,
+                layer.conv.padding,
+                y,
+            )
+            images.append(y)
+            norms.append(made if kind != _NONE else None)
+            activation = layer.activation if kind != _NONE else None
+        ctx.save_for_backward(gate, *images, *norms, *parameters)
+        if not finish:
+            means = ops.training_means(images[-1], norms[-1], activation)
+            ctx.mark_non_differentiable(norms[-1])
+            return images[-1], norms[-1], means
+        if norms[-1] is None:
+            return images[-1] if residual is None else images[-1] + residual
+        z = buffers.image(images[-1].shape)
+        ops.training_activated(images[-1], norms[-1], activation, residual, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz, _=None, dmeans=None):
+        if torch.is_grad_enabled():  # create_graph: gradients that have gradients
+            return _Chain.differentiable_backward(ctx, dz, dmeans)
+        ops = torch.ops.fastconv
+        count = len(ctx.layers)
+        gate, *saved = ctx.saved_tensors
+        images, norms, parameters = saved[: count + 1], saved[count + 1 : 2 * count + 2], saved[2 * count + 2 :]
+        needs_x, _, needs_gate, _, needs_residual = ctx.needs_input_grad[:5]
+        needed = ctx.needs_input_grad[7:]
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        dresidual = dz if needs_residual and not ctx.own else None
+        add = None
+        if dmeans is not None:
+            pixels = images[-1].shape[2] * images[-1].shape[3]
+            add = dmeans / pixels
+        dz = torch.zeros_like(images[-1]) if dz is None else dz.contiguous(memory_format=torch.channels_last)
+        own = dz if ctx.own and needs_x else None  # x is added to the result: its gradient has two parts
+        sums, through = None, False  # whether dz has been through the activation, and its sums
+        dgate = None
+        for i in reversed(range(count)):
+            layer, kind = ctx.layers[i], ctx.statistics[i]
+            weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+            needs_weight, needs_bias, needs_gamma, needs_beta = needed[4 * i : 4 * i + 4]
+            earlier = needs_x or needs_gate or any(needed[: 4 * i])
+            activation = None if through else layer.activation
+            y, norm = images[i + 1], norms[i + 1]
+            depthwise = layer.conv.groups > 1
+            in_product = needs_bias and kind == _NONE and not depthwise  # its gradient comes with the product's
+            if sums is None and (kind == _BATCH or (needs_bias and not in_product) or needs_gamma or needs_beta):
+                sums = ops.training_gradient_sums(dz, add, y, norm, activation)
+            if needs_beta:
+                gradients[4 * i + 3] = sums[0].clone()
+            if needs_gamma:
+                gradients[4 * i + 2] = sums[1] * norm[3]
+            if needs_bias and not in_product:
+                gradients[4 * i + 1] = {_NONE: lambda: sums[0].clone(), _BATCH: lambda: torch.zeros_like(bias), _RUNNING: lambda: sums[0] * norm[0]}[
+                    kind
+                ]()
+            if not (earlier or needs_weight or in_product):
+                break
+            input_norm = norms[i]
+            input_activation = ctx.layers[i - 1].activation if i else ctx.input_activation
+            pointwise = layer.conv.kernel_size == (1, 1)
+            dx = buffers.image(images[i].shape) if earlier else None
+            _, made, dweight, dbias = ops.training_conv_backward(
+                dz,
+                add,
+                y,
+                norm,
+                sums if kind == _BATCH else None,
+                activation,
+                images[i],
+                input_norm,
+                gate if i == 0 else None,
+                input_activation if input_norm is not None else None,
+                weight,
+                own if i == 0 and pointwise else None,
+                layer.conv.stride,
+                layer.conv.padding,
+                earlier,
+                needs_weight,
+                in_product,
+                dx,
+            )
+            if in_product:
+                gradients[4 * i + 1] = dbias
+            if needs_weight:
+                gradients[4 * i] = dweight
+            if not earlier:
+                break
+            if i == 0:
+                dgate = made if gate is not None else None
+                if own is not None and not pointwise:
+                    dx = dx + own
+            dz, add = dx, None
+            through = input_norm is not None and i > 0
+            sums = made if through else None
+        return (dz if needs_x else None, None, dgate if needs_gate else None, None, dresidual, None, None, *gradients)
+
+
+    @staticmethod
+    def differentiable_backward(ctx, dz, dmeans):
+        """The same by torch's operators, from the input on."""
+        count = len(ctx.layers)
+        gate, *saved = ctx.saved_tensors
+        x, norm, parameters = saved[0], saved[count + 1], saved[2 * count + 2 :]
+
+        def forward(x, gate, *parameters):
+            z = x
+            if norm is not None:  # x stands for its image already, and so does what arrives as its gradient
+                z = _StandsFor.apply(x, _activated(norm[0].view(-1, 1, 1) * x.detach() + norm[1].view(-1, 1, 1), ctx.input_activation))
+            z = z if gate is None else z * gate
+            for i, layer in enumerate(ctx.layers):
+                weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
+                z = F.conv2d(z, weight, bias, layer.conv.stride, layer.conv.padding, 1, layer.conv.groups)
+                if ctx.statistics[i] != _NONE:
+                    running = (layer.norm.running_mean, layer.norm.running_var) if ctx.statistics[i] == _RUNNING else (None, None)
+                    z = F.batch_norm(z, *running, gamma, beta, ctx.statistics[i] == _BATCH, 0.0, layer.norm.eps)
+                z = _activated(z, layer.activation)
+            if not ctx.finish:
+                return z, z.mean((2, 3), keepdim=True)
+            return z + x if ctx.own else z
+
+        needed = ctx.needs_input_grad
+        wanted = [needed[0], needed[2], *needed[7:]]
+        arriving = dz if ctx.finish else (dz, dmeans)
+        x_gradient, gate_gradient, *gradients = _vjp(forward, (x, gate, *parameters), wanted, arriving)
+        residual = dz if needed[4] and not ctx.own else None
+        return (x_gradient, None, gate_gradient, None, residual, None, None, *gradients)
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else getattr(F, activation)(x)
+
+
+def _vjp(forward: Callable, inputs: Sequence[Tensor | None], wanted: Sequence[bool], arriving: Tensor | tuple) -> list[Tensor | None]:
+    """Gradients of forward(*inputs) with respect to those that are wanted, with graphs of their own."""
+    outputs = forward(*inputs)
+    if isinstance(arriving, tuple):
+        pairs = [(output, gradient) for output, gradient in zip(outputs, arriving, strict=True) if gradient is not None]
+        outputs, arriving = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    asked = [value for value, want in zip(inputs, wanted, strict=True) if want]
+    gradients = iter(torch.autograd.grad(outputs, asked, arriving, create_graph=True, allow_unused=True))
+    return [next(gradients) if want else None for want in wanted]
+
+
+class _StandsFor(torch.autograd.Function):
+    """An image in place of the sums that it is made from: the image's gradient is what goes back."""
+
+    @staticmethod
+    def forward(ctx, sums, image):
+        return image
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class TrainedSequential(nn.Sequential):
+    """A Sequential whose runs of convolution, batch norm and activation go through the training kernels, and everything else as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not trains(x):
+            return super().forward(x)
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            end = i + 1
+            if type(modules[i]) is nn.MaxPool2d and _is_covered_pool(modules[i]):
+                x = formatted_like(_MaxPool.apply(x, _pair(modules[i].stride), _pair(modules[i].padding), modules[i].ceil_mode), x)
+                i = end
+                continue
+            if _is_covered_conv(modules[i]):
+                while end < len(modules) and type(modules[end]) in (nn.BatchNorm2d, *_ACTIVATIONS):
+                    end += 1
+            x = run_each(x, modules[i:end])
+            i = end
+        return x
+
+
+def fire(x: Tensor, squeeze: nn.Conv2d, expand1x1: nn.Conv2d, expand3x3: nn.Conv2d, activations: Iterable[nn.Module]) -> Tensor | None:
+    """A fire module's output, or None where the training kernels do not cover it."""
+    convs = (squeeze, expand1x1, expand3x3)
+    if not (trains(x) and all(_is_plain_conv(conv) and _bare(conv) for conv in convs)):
+        return None
+    if not all(type(activation) is nn.ReLU and _bare(activation) for activation in activations):
+        return None
+    tensors = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
+    if x.shape[1] != squeeze.in_channels or not _are_covered(tensor for tensor in tensors if tensor is not None):
+        return None
+    return formatted_like(_Fire.apply(x, *tensors), x)
+
+
+class _Fire(torch.autograd.Function):
+    """Keeps its input and its result; the squeezed image is made again."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        n, _, h, w = x.shape
+        z = buffers.image((n, parameters[2].shape[0] + parameters[4].shape[0], h, w))
+        torch.ops.fastconv.training_fire(x, *parameters, z)
+        ctx.save_for_backward(x, z, *parameters)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, z, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (x, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
+            return tuple(_vjp(reference.fire, inputs, ctx.needs_input_grad, dz))
+        dx = buffers.image(x.shape) if ctx.needs_input_grad[0] else None
+        _, *gradients = torch.ops.fastconv.training_fire_backward(
+            dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx
+        )
+        gradients = (dx, *gradients)
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _is_covered_pool(pool: nn.MaxPool2d) -> bool:
+    small = all(padding <= 1 for padding in _pair(pool.padding))
+    return _pair(pool.kernel_size) == (3, 3) and small and _pair(pool.dilation) == (1, 1) and not pool.return_indices and _bare(pool)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Keeps its input, and finds the maxima again."""
+
+    @staticmethod
+    def forward(ctx, x, stride, padding, ceil_mode):
+        ctx.save_for_backward(x)
+        ctx.stride, ctx.padding, ctx.ceil_mode = stride, padding, ceil_mode
+        return torch.ops.fastconv.max_pool(x, stride, padding, ceil_mode)
+
+    @staticmethod
+    def backward(ctx, dz):
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pool = partial(F.max_pool2d, kernel_size=3, stride=ctx.stride, padding=ctx.padding, ceil_mode=ctx.ceil_mode)
+            return *_vjp(pool, (x,), (True,), dz), None, None, None
+        dx = buffers.image(x.shape)
+        torch.ops.fastconv.training_max_pool_backward(dz, x, ctx.stride, ctx.padding, dx)
+        return dx, None, None, None

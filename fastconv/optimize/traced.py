@@ -1,0 +1,209 @@
+"""What torch.compile and torch.export see of a planned module (decision 13).
+
+A compiled graph holds one call of `fastconv::planned`, which runs the module's plan as it is then: weights that change are seen as without
+torch.compile. An exported graph holds `fastconv::network` (or the plan's steps) with the packed weights as they were at export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastconv.ops._register import library
+from fastconv.optimize.layers import Kernel, Layer
+
+if TYPE_CHECKING:
+    from fastconv.optimize.plan import Plan, Program
+
+T = TypeVar("T")
+
+_modules: weakref.WeakValueDictionary[str, Traced] = weakref.WeakValueDictionary()
+_counts: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+class _Plainly(threading.local):
+    """Whether this thread asks for shapes: then planned modules inside run their plain definition."""
+
+    on = False
+
+
+_plainly = _Plainly()
+
+
+class Traced(nn.Module):
+    """Base of the modules that run as a plan."""
+
+    _key: str | None = None
+    _captured: Program | None = None
+
+    def _plan_now(self) -> Plan:
+        raise NotImplementedError
+
+    @torch._dynamo.assume_constant_result
+    def _key_now(self, identity: int) -> str:
+        """Called by Dynamo while it traces, with the id that it guards: the key of `self` in `fastconv::planned`, or "" for plain torch.
+
+        Autocast and torch.func's transforms, which are asked for here, are in Dynamo's own guards.
+        """
+        transformed = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
+        if transformed or _plainly.on or getattr(torch.compiler, "_is_exporting_flag", False):  # a strict export
+            return ""
+        # The same in every process that makes its modules in the same order, so that the compilers' caches on disk serve. A graph of the
+        # cache was made for a plan of the same description, and its key names the one in this process.
+        program = _elsewhere(lambda: self._plan_now().program)
+        if program is not self._captured:
+            description = _description(program)
+            if not description:
+                return ""
+            with _lock:
+                if self._key is None or self._key.partition("-")[0] != description:
+                    _modules.pop(self._key, None)
+                    self._key = f"{description}-{_counts[description]}"
+                    _counts[description] += 1
+            self._captured = program
+        _modules[self._key] = self
+        return self._key
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_plan", "_key", "_captured")}
+
+
+def compiled(module: Traced, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `module.forward` returns under torch.compile. Dynamo traces through here."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not (torch.is_grad_enabled() and args[0].requires_grad):
+        key = module._key_now(id(module))
+        if key:
+            return torch.ops.fastconv.planned.default(args[0], key)
+    return plain(*args, **kwargs)
+
+
+def exporting() -> bool:
+    """Whether torch.export traces Python as it runs, for anything but ONNX, which has none of our operators."""
+    if _plainly.on or torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+        return False
+    return not (torch.onnx.is_in_onnx_export() or torch._C._is_any_autocast_enabled())
+
+
+def snapshot(plan: Plan) -> bool:
+    """Prepares the plan during an export, which has put fake tensors where the parameters were. Whether it could."""
+    with _real_tensors(plan.module) as found:
+        if found:
+            _elsewhere(plan.prepare)
+    if not found:
+        warnings.warn("fastconv: this export hides the module's real parameters; it is exported as plain torch", stacklevel=2)
+    return found
+
+
+@contextmanager
+def _real_tensors(module: nn.Module) -> Iterator[bool]:
+    """Puts the tensors that an export replaced by fake ones back for a while; False, and nothing changed, where they are not known."""
+    owners = [owner for child in module.modules() for owner in (child._parameters, child._buffers)]
+    fakes = [(owner, name, tensor) for owner in owners for name, tensor in owner.items() if isinstance(tensor, FakeTensor)]
+    known: dict[int, Tensor] = {}
+    for mode in {id(fake.fake_mode): fake.fake_mode for _, _, fake in fakes}.values():
+        converter = mode.fake_tensor_converter
+        for real, number in converter.meta_converter.describer.lookup_tensor.items():
+            known[id(converter.tensor_memo.get(number))] = real
+    if not all(id(fake) in known for _, _, fake in fakes):
+        yield False
+        return
+    try:
+        for owner, name, fake in fakes:
+            owner[name] = known[id(fake)]
+        yield True
+    finally:
+        for owner, name, fake in fakes:
+            owner[name] = fake
+
+
+def _elsewhere(work: Callable[[], T]) -> T:
+    """The result of `work` in a thread of its own, where none of the modes is on that trace or fake what this one does."""
+    results: list[T] = []
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if problems:
+        raise problems[0]
+    return results[0]
+
+
+def _description(program: Program) -> str:
+    """A hash of what the program computes, its weights' values aside; "" for one that no functional operator from a tensor to a tensor
+    can stand for."""
+    whole = program.graph is not None and program.inputs == 1 and isinstance(next(reversed(program.graph.nodes)).args[0], fx.Node)
+    if not (whole and program.kernels and program.functional):
+        return ""
+    words = []
+    for node in program.graph.nodes:
+        if isinstance(node.target, Kernel):
+            kernel = node.target
+            words.append(f"{kernel.op} {node.args} {sorted(kernel.options.items())} {kernel.squeeze_excite and kernel.squeeze_excite[2]}")
+            layers = (*kernel.layers, *(kernel.squeeze_excite or ())[:2])
+            words += ["-" if layer is None else _geometry(layer) for layer in layers]
+        else:
+            words.append(f"{node.op} {node.target} {node.args} {node.kwargs}")
+    words += [f"{source.tensor().dtype} {source.tensor().device} {tuple(source.tensor().shape)}" for source in program.sources]
+    return hashlib.sha256("\n".join(map(str, words)).encode()).hexdigest()[:16]
+
+
+def _geometry(layer: Layer) -> str:
+    parts = (layer.shape, layer.stride, layer.padding, layer.dilation, layer.groups, layer.activation, layer.norm and layer.norm.eps)
+    return " ".join(map(str, parts))
+
+
+def _find(key: str) -> Traced:
+    module = _modules.get(key)
+    if module is None:
+        raise RuntimeError(f"planned: no module {key}: a compiled graph runs in the process, and with the module, that it was compiled for")
+    return module
+
+
+def _planned(x: Tensor, key: str) -> Tensor:
+    module = _find(key)
+    with torch.no_grad():
+        plan = module._plan_now()
+        ready = plan.prepare()
+        if ready.program is not module._captured:  # a hook or a submodule came or went, or a weight's shape changed
+            if _description(ready.program) not in ("", key.partition("-")[0]):
+                raise RuntimeError("planned: the module's structure has changed since torch.compile saw it: compile it again")
+            module._captured = ready.program
+        y = plan.follow(ready, x)
+    return y.clone() if torch._C._is_alias_of(y, x) else y  # an operator's result is its own
+
+
+def _planned_fake(x: Tensor, key: str) -> Tensor:
+    from fastconv.optimize.plan import formatted
+
+    plan, mode = _find(key)._plan_now(), x.fake_mode
+    before = mode.allow_non_fake_inputs, _plainly.on
+    mode.allow_non_fake_inputs, _plainly.on = True, True
+    try:
+        with torch.no_grad():
+            y = formatted(getattr(plan.module, plan.method)(x), x)
+    finally:
+        mode.allow_non_fake_inputs, _plainly.on = before
+    return y.clone() if y is x else y
+
+
+library.define("planned(Tensor x, str key) -> Tensor")
+library.impl("planned", _planned, "CompositeExplicitAutograd")
+torch.library.register_fake("fastconv::planned", _planned_fake, lib=library)

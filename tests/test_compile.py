@@ -1,0 +1,240 @@
+"""Under torch.compile a planned module is one operator of the graph, which runs its plan as it is at each call."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import fastconv
+from fastconv import _extension
+
+pytestmark = pytest.mark.skipif(not _extension.available or _extension.backend() != "auto", reason="needs the compiled extension")
+MODELS = fastconv.models.list_models()
+X = torch.randn(2, 3, 40, 36, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small(name="mobilenet_v2"):
+    model = fastconv.models.get_model(name, num_classes=7, **({} if "squeeze" in name else {"width_mult": 0.25})).eval()
+    return model.requires_grad_(False)
+
+
+class Graphs:
+    """A backend that keeps the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, module, inputs):
+        self.graphs.append(module.graph)
+        return module.forward
+
+    @property
+    def calls(self):
+        return [[str(node.target) for node in graph.nodes if node.op.startswith("call")] for graph in self.graphs]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("optimized", [False, True], ids=["model", "optimized"])
+def test_a_model_is_one_operator_without_graph_breaks(name, optimized):
+    module = fastconv.optimize(small(name)) if optimized else small(name)
+    backend = Graphs()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(X), module(X))
+    assert backend.calls
+    assert all(calls == ["fastconv.planned.default"] for calls in backend.calls)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastconv.nn.DepthwiseConv2d(3, 3, 3, padding=1, groups=3),
+        fastconv.nn.PointwiseConv2d(3, 8, 1),
+        fastconv.nn.Fire(3, 4, 8, 8),
+        fastconv.nn.DepthwiseSeparable(3, 8, stride=2),
+        fastconv.nn.InvertedResidual(3, 3, 1, 6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_in_the_users_own_network(layer):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), layer.eval(), nn.Softplus()).requires_grad_(False)
+    backend = Graphs()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for x in (X, X.contiguous(memory_format=torch.channels_last)):
+        y = compiled(x)
+        assert torch.equal(y, model(x))
+        assert y.stride() == model(x).stride()
+    assert all(calls.count("fastconv.planned.default") == 1 for calls in backend.calls)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1"])
+def test_another_batch_compiles_once_more_and_no_further(name):
+    fast, counter = fastconv.optimize(small(name)), CompileCounter()
+    compiled = torch.compile(fast, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5, 8, 4):
+        x = torch.randn(batch, 3, 40, 36)
+        assert torch.equal(compiled(x), fast(x))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("mode", ["inductor", "aot_eager"])
+def test_runs_compiled_with_what_stands_around_it(mode):
+    head = nn.Sequential(fastconv.optimize(small("squeezenet1_1")), nn.Softmax(1)).eval()
+    compiled = torch.compile(head, backend=mode, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for x in (X, torch.randn(3, 3, 33, 47), torch.randn(1, 3, 40, 36)):
+            torch.testing.assert_close(compiled(x), head(x))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_fake_kernel(flat):
+    fast = fastconv.optimize(
+        small("squeezenet1_1") if flat else nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    )
+    torch.compile(fast, backend="eager")(X)
+    for x in (X, X.contiguous(memory_format=torch.channels_last)):
+        torch.library.opcheck(torch.ops.fastconv.planned.default, (x, fast._key))
+
+
+def in_place(fast):
+    fast.features[0][0].weight.mul_(1.5)
+
+
+def replaced(fast):
+    fast.classifier[1].weight = nn.Parameter(fast.classifier[1].weight * 2, requires_grad=False)
+
+
+def loaded(fast):
+    fast.load_state_dict({key: value * 1.25 for key, value in fast.state_dict().items()})
+
+
+def assigned(fast):
+    fast.load_state_dict({key: value * 1.25 for key, value in fast.state_dict().items()}, assign=True)
+
+
+def buffer(fast):
+    fast.features[0][1].running_mean.add_(1)
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, loaded, assigned, buffer])
+@pytest.mark.parametrize("optimized", [False, True], ids=["model", "optimized"])
+def test_changed_weights_are_seen_without_compiling_again(change, optimized):
+    module, counter = small(), CompileCounter()
+    module = fastconv.optimize(module) if optimized else module
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    before = compiled(X)
+    with torch.no_grad():
+        change(module)
+    after = compiled(X)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, module(X))
+    assert counter.frame_count == 1
+
+
+def test_a_later_hook_runs():
+    fast, seen = fastconv.optimize(small()), []
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    before = compiled(X)
+    fast.features[3].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    torch.testing.assert_close(compiled(X), before)
+    assert len(seen) == 1
+
+
+def test_a_changed_structure_is_refused():
+    fast = fastconv.optimize(small())
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    compiled(X)
+    fast.classifier[1] = nn.Linear(fast.classifier[1].in_features, 3)
+    with pytest.raises(RuntimeError, match="structure has changed since torch"):
+        compiled(X)
+    torch._dynamo.reset()
+    assert compiled(X).shape == (2, 3)
+
+
+def test_one_function_compiled_for_several_modules():
+    first, second, same = (fastconv.optimize(small()) for _ in range(3))
+    same.load_state_dict(first.state_dict())
+    compiled = torch.compile(lambda module, x: module(x), backend="aot_eager", fullgraph=True)
+    for fast in (first, second, same, first):
+        assert torch.equal(compiled(fast, X), fast(X))
+    assert not torch.equal(first(X), second(X))
+
+
+def test_keys():
+    first, second, other = fastconv.optimize(small()), fastconv.optimize(small()), fastconv.optimize(small("squeezenet1_1"))
+    for fast in (first, second, other):
+        torch.compile(fast, backend="eager")(X)
+    kinds, numbers = zip(*(fast._key.split("-") for fast in (first, second, other)))
+    assert kinds[0] == kinds[1] != kinds[2]
+    assert numbers[0] != numbers[1]
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert copied._key is None
+        assert torch.equal(torch.compile(copied, backend="eager", fullgraph=True)(X), first(X))
+        assert copied._key not in (None, first._key)
+    with pytest.raises(RuntimeError, match="planned: no module nobody: a compiled graph runs in the process"):
+        torch.ops.fastconv.planned(X, "nobody")
+
+
+def test_gradients_run_as_plain_torch():
+    model = nn.Sequential(fastconv.nn.InvertedResidual(3, 3, 1, 6), fastconv.nn.Fire(3, 4, 8, 8)).eval()
+    backend = Graphs()
+    x = X.clone().requires_grad_()
+    for module in (model, fastconv.optimize(model)):
+        expected = torch.autograd.grad(fastconv.revert(module)(x).square().sum(), x)[0]
+        y = torch.compile(module, backend=backend, fullgraph=True)(x)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected, rtol=1e-3, atol=1e-4)
+    torch.compile(model, backend=backend, fullgraph=True)(X).sum().backward()  # the parameters'
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.compile(model.train(), backend=backend, fullgraph=True)(X)
+    assert not any("fastconv" in call for calls in backend.calls for call in calls)
+
+
+def test_autocast_and_function_transforms_run_as_plain_torch():
+    fast = fastconv.optimize(small())
+    plain = fastconv.revert(fast)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(X), plain(X))
+        assert torch.equal(compiled(X), fast(X))  # and back again
+        batched = torch.compile(torch.vmap(lambda x: fast(x)), backend="eager", fullgraph=True)
+        torch.testing.assert_close(batched(X[None]), fast(X)[None], rtol=1e-3, atol=1e-4)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.side = small("squeezenet1_1").features, nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return {"body": self.body(x), "side": self.side(x)}
+
+
+@pytest.mark.parametrize(
+    ("model", "one"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 1), nn.GELU()), True),  # layers left to ATen
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, dilation=2)).to(torch.bfloat16), True),  # a dtype without a kernel
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2), nn.Conv2d(8, 8, 1)),
+            False,
+        ),  # code nothing is known of
+        (TwoOutputs(), False),
+        (nn.Sequential(nn.Tanh()), False),  # nothing for a kernel
+    ],
+)
+def test_other_plans(model, one):
+    fast, backend = fastconv.optimize(model.eval().requires_grad_(False)), Graphs()
+    x = X.to(next(model.parameters(), X).dtype)
+    y, expected = torch.compile(fast, backend=backend, fullgraph=True)(x), fast(x)
+    torch.testing.assert_close(y, expected)
+    assert (backend.calls == [["fastconv.planned.default"]]) is one

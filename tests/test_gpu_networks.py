@@ -1,0 +1,182 @@
+"""benchmarks/gpu_networks.py and gpu_all.py without a GPU: a whole run on the CPU with small images, the budgets, the report."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.benchmarks import gpu_all, gpu_networks
+
+
+class Cpu(gpu_networks.Device):
+    name = "cpu"
+
+    def synchronize(self):
+        pass
+
+    def memory_begin(self):
+        return 0
+
+    def memory_peak(self):
+        return 2**20
+
+
+def bench(seconds=600.0):
+    return gpu_networks.Bench(seconds, Cpu(), size=32, dtype=torch.float32)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two engines, samples of a millisecond."""
+    monkeypatch.setattr(gpu_networks, "QUICK", ("fastconv", "fastconv_no_graphs", "eager_channels_last", "eager_cudagraphs"))
+    turns = gpu_networks.turns
+    monkeypatch.setattr(gpu_networks, "turns", lambda runs, rounds, device, wait: turns(runs, 3, device, wait, seconds=0.001))
+
+
+def test_a_run_and_its_report(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_networks, "SLOW", ())
+    monkeypatch.setattr(gpu_networks.Bench, "first_result", lambda self, name: self.first.append({"network": name, "fastconv": 1.5}))
+    run = bench()
+    run.run(("squeezenet1_1", "mobilenet_v3_small"), (1,), (3,))
+    assert [(cell["network"], cell["batch"]) for cell in run.cells] == [
+        *(("squeezenet1_1", 1), ("mobilenet_v3_small", 1)),
+        *(("squeezenet1_1", 3), ("mobilenet_v3_small", 3)),
+    ]
+    for cell in run.cells:
+        assert cell["engines"].keys() == {"fastconv", "fastconv_no_graphs", "eager_channels_last"}
+        assert cell["ratios"].keys() == {"eager_channels_last"}  # ourselves without graphs are no rival
+        assert "eager_cudagraphs" in cell["missing"]  # there is no CUDA here
+        assert 0 < cell["engines"]["fastconv"]["relative_error"] < 1e-5
+        assert len(cell["engines"]["fastconv"]["samples_ms"]) == 3
+    assert not run.wrong
+    document = run.document()
+    assert document["target"]["reached"] == {"squeezenet1_1": None, "mobilenet_v3_small": None}
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    paths = {path.name for path in gpu_networks.write(document, tmp_path)}
+    assert {"networks.json", "networks.txt", "report.html"} < paths
+    page = (tmp_path / "report.html").read_text()
+    assert "SqueezeNet 1.1" in page
+    assert "eager + CUDA graphs" in page
+    assert "1.5" in page
+    assert json.loads((tmp_path / "networks.json").read_text())["schema"] == 1
+    assert "not measured" in (tmp_path / "networks.txt").read_text()
+
+
+def test_a_wrong_engine_is_not_timed(quick, monkeypatch):
+    build = gpu_networks.build
+    wrong = {"fastconv": lambda y: y + 1, "eager_channels_last": lambda y: y * float("nan")}
+    monkeypatch.setattr(
+        gpu_networks, "build", lambda engine, model, x: lambda x: wrong.get(engine, lambda y: y)(build(engine, model, x)(x))
+    )
+    run = bench()
+    run.cell("squeezenet1_1", 1, ("fastconv", "fastconv_no_graphs", "eager_channels_last"))
+    (cell,) = run.cells
+    assert cell["engines"].keys() == {"fastconv_no_graphs"}
+    assert cell["missing"].keys() == {"fastconv", "eager_channels_last"}
+    assert "ArithmeticError" in run.wrong[0]
+    assert len(run.wrong) == 1  # a wrong rival is no failure of ours
+    assert cell["best_peer"] is None
+
+
+def test_a_slow_engine_joins_the_cell_that_stands(monkeypatch):
+    monkeypatch.setattr(gpu_networks, "turns", lambda runs, rounds, device, wait: {name: [float(len(name))] * 3 for name in runs})
+    monkeypatch.setattr(gpu_networks, "build", lambda engine, model, x: gpu_networks._plain(model))
+    run = bench()
+    run.cell("squeezenet1_1", 1, ("fastconv", "eager_cudagraphs"))
+    run.cell("squeezenet1_1", 1, ("fastconv", "compile_reduce_overhead"))
+    (cell,) = run.cells
+    assert cell["engines"].keys() == {"fastconv", "eager_cudagraphs", "compile_reduce_overhead"}
+    assert cell["best_peer"] == "eager_cudagraphs"
+    assert gpu_networks.target(run.cells)["reached"] == {"squeezenet1_1": pytest.approx(len("eager_cudagraphs") / len("fastconv"))}
+
+
+def test_what_is_left_out_when_time_is_short(monkeypatch):
+    """The order that the module's head states: each step takes 10 s of a clock that only steps move."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    done = []
+
+    def step(self, *what):
+        done.append(what)
+        now[0] += 10
+
+    monkeypatch.setattr(gpu_networks.Bench, "cell", step)
+    monkeypatch.setattr(gpu_networks.Bench, "first_result", step)
+    run = gpu_networks.Bench(115, Cpu())
+    run.run(("a", "b"))
+    assert done[:6] == [*((name, batch, gpu_networks.QUICK) for name in ("a", "b") for batch in (1, 8)), ("a",), ("b",)]
+    assert [what[:2] for what in done[6:]] == [("a", 32), ("b", 32), ("a", 128), ("b", 128), ("a", 256)]  # b 256 would end at 120 s
+    assert run.left_out[:3] == ["b batch 256", "a batch 512", "b batch 512"]
+    assert run.left_out[3:] == [f"{name} batch {batch} {engine}" for engine in gpu_networks.SLOW for batch in (1, 8) for name in ("a", "b")]
+    assert now[0] <= 115
+
+
+def test_waits_after_each_call_for_latency_only():
+    class Counting(Cpu):
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    calls = []
+    for wait in (True, False):
+        device = Counting()
+        calls.clear()
+        samples = gpu_networks.turns({"x": lambda: calls.append(1) or time.sleep(0.001)}, 2, device, wait, seconds=0.005)
+        assert len(samples["x"]) == 2
+        assert all(0.9 < sample < 50 for sample in samples["x"])
+        assert (device.waits >= len(calls)) is wait
+
+
+def test_first_result_in_a_fresh_process(monkeypatch):
+    run = bench()
+    run.first_result("squeezenet1_1")
+    (row,) = run.first
+    assert row.keys() == {"network", "fastconv, empty cache", "fastconv", "eager_channels_last"}
+    assert all(0 < row[name] < 60 for name in row if name != "network")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_networks.py", "--out", str(tmp_path / "out")])
+    assert gpu_networks.main() == 0
+    assert "nothing was run" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def part(code):
+    return lambda seconds: [sys.executable, "-c", code]
+
+
+def test_all_parts_within_one_budget(tmp_path, monkeypatch):
+    """A part that hangs is stopped, one that fails is told, and what follows still runs while there is time."""
+    monkeypatch.setattr(gpu_all, "LEAST", 0.5)
+    monkeypatch.setattr(gpu_all, "GRACE", 0.5)
+    asked = []
+
+    def last(seconds):
+        asked.append(seconds)
+        return part("print('last')")(seconds)
+
+    parts = [("tests", 0.4, part("import time; print('began', flush=True); time.sleep(60)"))]
+    parts += [("networks", 0.5, part("print('broken'); raise SystemExit(3)")), ("blocks", 1.0, last)]
+    began = time.monotonic()
+    summary = gpu_all.run_all(parts, 5.0, tmp_path)
+    assert time.monotonic() - began < 5.5
+    assert [row["status"] for row in summary] == ["stopped", 3, 0]
+    assert 0.5 < asked[0] < 3
+    text = (tmp_path / "gpu.log").read_text()
+    assert [text.index(word) for word in ("began", "broken", "last")] == sorted(text.index(word) for word in ("began", "broken", "last"))
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert [row["status"] for row in gpu_all.run_all(parts[1:], 0.4, tmp_path)] == ["no time", "no time"]
+
+
+def test_the_parts_exist(tmp_path):
+    for name, _, command in gpu_all.commands(tmp_path):
+        words = command(90.0)
+        assert Path(words[1] if name != "tests" else words[5]).exists()
+        assert name == "tests" or words[-2:] == ["--minutes", "1.500"]

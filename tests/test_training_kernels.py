@@ -1,0 +1,275 @@
+"""The training kernels (fastconv/nn/_training.py) where the layers' own tests (test_training.py) do not go: which path is taken, squeeze-
+excitation, max pools, threads, instruction sets, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_training import check, cotangent, randomised, step, terms_of
+from torch import nn
+
+import fastconv
+from fastconv import _extension
+from fastconv.models import mobilenet_v3
+from fastconv.nn import _buffers, _training
+from fastconv.nn._buffers import Buffers
+from fastconv.nn._training import TrainedSequential
+
+pytestmark = pytest.mark.skipif(not _extension.available, reason="needs the compiled extension")
+
+
+@pytest.fixture(autouse=True)
+def small_images_too(monkeypatch):
+    """Images of any size stand in memory that is lent, which in use only large ones do."""
+    monkeypatch.setattr(_buffers, "_LEAST", 0)
+
+
+norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+
+
+def v3(*row, gate=nn.Hardsigmoid) -> nn.Module:
+    excitation = partial(mobilenet_v3.SqueezeExcitation, scale_activation=gate)
+    return mobilenet_v3.InvertedResidual(mobilenet_v3.InvertedResidualConfig(*row, 1.0), norm, excitation)
+
+
+MODULES = {
+    "squeeze-excitation": lambda: v3(16, 3, 16, 16, True, "RE", 2, 1),
+    "squeeze-excitation-residual": lambda: v3(24, 5, 72, 24, True, "HS", 1, 1),
+    "residual-no-expand": lambda: v3(16, 3, 16, 16, False, "RE", 1, 1),
+    "separable": lambda: fastconv.nn.DepthwiseSeparable(16, 24, pw_act=True, act_layer=nn.ReLU6),
+    "fire": lambda: fastconv.nn.Fire(16, 16, 20, 33),
+    "sequence": lambda: TrainedSequential(
+        nn.Conv2d(16, 24, 1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Conv2d(24, 24, 3, 2, 1, groups=24), nn.ReLU6()
+    ),
+    "pool": lambda: TrainedSequential(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1)),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+
+
+def image(name: str, batch: int = 2, height: int = 13, width: int = 18) -> torch.Tensor:
+    channels = 24 if name == "squeeze-excitation-residual" else 16
+    return torch.randn(batch, channels, height, width)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_training, "trains", lambda x: False)
+
+
+@each_module
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def test_a_step(name, isa, layout, monkeypatch):
+    """Outputs, gradients and statistics against float64, by every instruction set."""
+    module = randomised(MODULES[name]()).train()
+    x = image(name).contiguous(memory_format=layout).requires_grad_()
+    eager, exact = copy.deepcopy(module), copy.deepcopy(module).double()
+    actual = step(module, x)
+    assert actual["output"].is_contiguous(memory_format=layout)
+    plain(monkeypatch)
+    # Winograd's F(4x4, 3x3), forward and back: 1e-6 to 3e-6 of the largest value (decision 6).
+    terms = 10000 if name == "fire" else terms_of(module, x) if list(module.parameters()) else 9
+    check(actual, step(eager, x), step(exact, x.detach().double().requires_grad_()), terms)
+
+
+@each_module
+def test_the_kernels_run(name, monkeypatch):
+    """Nothing falls back to torch's convolutions and norms unnoticed."""
+    module = MODULES[name]().train()
+    for function in ("conv2d", "batch_norm", "max_pool2d"):
+        real = getattr(torch.nn.functional, function)
+
+        def refuse(x, *args, real=real, function=function, **kwargs):
+            assert function == "conv2d" and x.shape[2:] == (1, 1), f"{function} of torch ran"  # squeeze-excitation's own layers are small
+            return real(x, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, function, refuse)
+    x = image(name).requires_grad_()
+    y = module(x)
+    y.backward(cotangent(y))
+    assert x.grad is not None
+
+
+@each_module
+def test_second_derivatives(name, monkeypatch):
+    if "excitation" in name:  # torch's hardsigmoid has no second derivative
+        row = (16, 3, 16, 16, True, "RE", 2, 1) if name == "squeeze-excitation" else (24, 5, 72, 24, True, "HS", 1, 1)
+        module = v3(*row, gate=nn.Sigmoid)
+    else:
+        module = MODULES[name]()
+    randomised(module).train()
+    exact = copy.deepcopy(module).double()
+    x = image(name, 2, 5, 7)
+
+    def second(module, x):
+        x = x.clone().requires_grad_()
+        tensors = [x, *module.parameters()]
+        first = torch.autograd.grad(module(x).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), tensors, allow_unused=True)
+
+    actual = second(module, x)
+    plain(monkeypatch)
+    for ours, truth in zip(actual, second(exact, x.double()), strict=True):
+        if truth is None or ours is None:
+            assert truth is None or truth.abs().max() < 1e-9
+            continue
+        assert (ours.double() - truth).norm() <= 1e-3 * truth.norm() + 1e-6
+
+
+@each_module
+def test_bits_do_not_depend_on_threads(name):
+    if "excitation" in name:
+        pytest.skip("its small layers are ATen's, whose sums depend on the threads")
+    module = randomised(MODULES[name]()).train()
+    x = image(name, 3, 40, 37).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(step(copy.deepcopy(module), x))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert value is None or torch.equal(value, other[key]), key
+
+
+@each_module
+def test_outputs_may_be_written_to(name):
+    """result += input, as torchvision's blocks have it, and activations in place."""
+    module = randomised(MODULES[name]()).train()
+    x = image(name).requires_grad_()
+    results = []
+    for add in (lambda y: y + 1.0, lambda y: y.add_(1.0)):
+        if "fire" in name or "sequence" in name:
+            continue  # as after torch's own ReLU: the backward needs the result
+        torch.autograd.grad(add(module(x)).square().sum(), x)
+        results.append(torch.autograd.grad(add(module(x)).square().sum(), x)[0])
+    assert not results or torch.equal(*results)
+
+
+def test_statistics_far_from_zero():
+    """A mean of 1000 deviations: sums of squares alone would lose the variance."""
+    layer = fastconv.nn.conv_norm.Conv2dNormActivation(8, 8, 1).train()
+    nn.init.eye_(layer[0].weight[:, :, 0, 0])
+    x = torch.randn(4, 8, 30, 31) + 1000
+    y = layer(x)
+    mean, variance = y.detach().double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=True)
+    assert y.shape == x.shape and mean.abs().max() < 1
+    torch.testing.assert_close(layer[1].running_var.double(), 0.9 + 0.1 * variance, rtol=1e-4, atol=0)
+
+
+def test_average_over_all_batches():
+    """momentum=None."""
+    layer = fastconv.nn.conv_norm.Conv2dNormActivation(8, 8, 1, norm_layer=partial(nn.BatchNorm2d, momentum=None)).train()
+    twin = copy.deepcopy(layer).double()
+    for _ in range(3):
+        x = torch.randn(2, 8, 9, 9)
+        layer(x), twin(x.double())
+    assert layer[1].num_batches_tracked == 3
+    torch.testing.assert_close(layer[1].running_mean.double(), twin[1].running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer[1].running_var.double(), twin[1].running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_and_first_maximum():
+    x = torch.tensor([[[[1.0, 3.0, 3.0], [float("nan"), 3.0, 0.0], [2.0, 1.0, 0.0]], [[5.0] * 3] * 3]]).requires_grad_()
+    for pool in (TrainedSequential(nn.MaxPool2d(3, 1)), nn.MaxPool2d(3, 1)):
+        x.grad = None
+        pool(x).sum().backward()
+        results = x.grad.clone()
+        if isinstance(pool, TrainedSequential):
+            ours = results
+    assert torch.equal(ours, results)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m.conv[0][1].register_forward_hook(lambda *_: None), "a hook"),
+        (lambda m: setattr(m.conv[0][0], "padding_mode", "reflect"), "padding that is not zeros"),
+        (lambda m: m.conv[0].append(nn.Tanh()), "another activation"),
+        (lambda m: m.double(), "another dtype"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_covered_is_torchs(change, why, monkeypatch):
+    module = fastconv.nn.InvertedResidual(16, 16, 1, 6).train()
+    change(module)
+    run = _training._run_parts
+
+    def checked(x, parts, residual):
+        assert all(part.conv is not module.conv[0][0] for part in parts), f"the kernels ran over {why}"
+        return run(x, parts, residual)
+
+    monkeypatch.setattr(_training, "_run_parts", checked)
+    x = torch.randn(2, 16, 7, 7, dtype=next(module.parameters()).dtype)
+    module(x).sum().backward()
+
+
+def test_torchs_own_error_messages():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fastconv.nn.InvertedResidual(16, 16, 1, 6).train()(torch.randn(1, 16, 1, 1))
+    with pytest.raises(RuntimeError, match="to have 16 channels"):
+        fastconv.nn.InvertedResidual(16, 16, 1, 6).train()(torch.randn(2, 8, 9, 9))
+
+
+def test_operators_refuse_what_does_not_fit():
+    ops = torch.ops.fastconv
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 1, 1)
+    args = (None, None, 0, None, None, None, None, 0.1, 1e-5, [1, 1], [0, 0], None)
+    for change, message in (
+        ({0: torch.randn(2, 8, 6)}, r"training_conv: x must be \(N, C, H, W\), got \(2, 8, 6\)"),
+        ({4: torch.randn(8, 7, 1, 1)}, r"training_conv: weight must be \(Cout, 8, KH, KW\) or depthwise, got \(8, 7, 1, 1\)"),
+        ({5: torch.randn(7)}, r"training_conv: bias must be \(8,\), got \(7,\)"),
+        ({1: torch.randn(3, 8)}, r"training_conv: input_norm must be \(4, 8\), got \(3, 8\)"),
+        ({0: x.double()}, "training_conv: x must be float32 on the CPU"),
+    ):
+        call = [x, None, None, None, weight, *args]
+        for place, value in change.items():
+            call[place] = value
+        with pytest.raises(RuntimeError, match=message):
+            ops.training_conv(*call)
+    y = torch.randn(2, 8, 6, 6)
+    with pytest.raises(RuntimeError, match=r"training_gradient_sums: dz must be \(2, 8, 6, 6\), got \(2, 8, 6, 5\)"):
+        ops.training_gradient_sums(torch.randn(2, 8, 6, 5), None, y, None, None)
+    with pytest.raises(RuntimeError, match="training_max_pool_backward: dz must be of the pooled image's shape"):
+        ops.training_max_pool_backward(torch.randn(2, 8, 4, 4), x, [2, 2], [0, 0], None)
+
+
+def test_buffers_lend_nothing_twice():
+    buffers, shape = Buffers(), (4, 64, 40, 40)
+    first = buffers.image(shape)
+    place = first.data_ptr()
+    assert first.is_contiguous(memory_format=torch.channels_last) and tuple(first.shape) == shape
+    view = first[0, :1]  # of the same storage
+    del first
+    second = buffers.image(shape)
+    assert second.data_ptr() != place
+    del view
+    gc.collect()
+    third = buffers.image(shape)
+    assert third.data_ptr() == place
+    del second, third
+    buffers.clear()
+    assert not buffers._blocks
+
+
+def test_memory_stays_bounded():
+    """A step of images as plain torch would keep them is 2.2 times as large."""
+    script = """
+import resource, torch, fastconv
+layer = torch.nn.Sequential(*(fastconv.nn.InvertedResidual(16, 16, 1, 6) for _ in range(4))).train().to(memory_format=torch.channels_last)
+x = torch.randn(8, 16, 96, 96).to(memory_format=torch.channels_last)
+layer(x[:1]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(5):
+    layer(x).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    megabytes = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    expanded = 8 * 96 * 96 * 96 * 4 / 2**20
+    assert megabytes < (4 * 2 + 2 + 2) * expanded  # two images a block, two gradients, and small ones
