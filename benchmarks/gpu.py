@@ -9,6 +9,9 @@ activation) and, while time is left, as the same through torch.compile(mode="max
 against float64 before it is timed. Times are medians of CUDA events with the L2 cache flushed before each run; the flush also
 covers the launch, so host time does not count. GB/s counts input, output and weights once; percent is of a measured copy.
 
+The gradients of every depthwise layer, with respect to its input and its weight, stand beside ATen's (cuDNN's or its own kernel,
+whichever it chooses), timed and checked in the same way.
+
 Writes DIR/gpu.json (everything), DIR/gpu.txt (the tables) and, with matplotlib, DIR/gpu-<dtype>.png. Exits 1 if a result was wrong
 or a measurement failed.
 """
@@ -27,15 +30,17 @@ import torch.nn.functional as F
 
 SHAPES = Path(__file__).parent / "shapes"
 OPS = ("depthwise", "pointwise", "fire_expand")
+GRADIENTS = ("depthwise_backward_input", "depthwise_backward_weight")
 NETS = ("squeezenet1_0", "squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 # "tf32": float32 tensors with tf32 allowed, for cuDNN and fastconv alike; "fp32": allowed for neither
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 BATCHES = (128, 32)
 NET_BATCHES = (256, 128, 32)
-# What was aimed at on an H200 in bf16: speed over the best of eager cuDNN and torch.compile at batch 128, images/s at batch 256, and
-# bytes/s of depthwise layers alone.
+# What was aimed at on an H200 in bf16: speed over the best of eager cuDNN and torch.compile at batch 128, of gradients over ATen's,
+# images/s at batch 256, and bytes/s of depthwise layers alone.
 TARGETS = {"separable": 4.0, "inverted_residual": 5.0, "fire": 2.0}
 NET_TARGETS = {"mobilenet_v1": 250e3, "mobilenet_v2": 250e3, "mobilenet_v3_large": 220e3, "squeezenet1_1": 300e3, "squeezenet1_0": 180e3}
+GRADIENT_TARGET = 3.0
 DEPTHWISE_TARGET = 3900.0
 WRONG = {"bf16": 8e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # largest relative L2 error of a layer against float64
 
@@ -114,6 +119,30 @@ def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
     return ours, plain, args, moved
 
 
+def gradient(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+    """(fastconv's operator, ATen's, their arguments: the output's gradient and x, bytes moved) of a depthwise layer's backward."""
+    c, h, w, _, k, stride, padding = shape
+
+    def image(height, width):
+        return torch.randn(batch, c, height, width, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    weight = torch.randn(c, 1, k, k, device="cuda", dtype=dtype) / k
+    args = (image((h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1), image(h, w))
+    of_input, geometry = op == GRADIENTS[0], ([stride] * 2, [padding] * 2)
+
+    def ours(grad, x):
+        other = (weight, [h, w]) if of_input else (x, [k, k])
+        return getattr(torch.ops.fastconv, op)(grad, *other, *geometry)
+
+    def plain(grad, x):
+        mask = [of_input, not of_input, False]
+        found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), None, *geometry, [1, 1], False, [0, 0], c, mask)
+        return found[0 if of_input else 1]
+
+    moved = (args[0].numel() + args[1].numel() + weight.numel()) * weight.element_size()
+    return ours, plain, args, moved
+
+
 def relative_error(y: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((y.double() - wanted).norm() / wanted.norm()).item()
 
@@ -132,6 +161,7 @@ class Run:
         self.clock = Clock()
         self.rows: list[dict] = []
         self.block_rows: list[dict] = []
+        self.gradient_rows: list[dict] = []
         self.failures: list[str] = []
 
     def past(self, share: float) -> bool:
@@ -229,6 +259,29 @@ class Run:
         row["eager_us"] = self.clock(lambda: plain(*args))
         row["gb_s"] = moved / row["fastconv_us"] / 1e3
         self.rows.append(row)
+
+    def gradients(self, share: float) -> None:
+        for dtype_name, dtype in DTYPES.items():
+            allow_tf32(dtype_name == "tf32")
+            for op in GRADIENTS:
+                for shape, names in read_shapes("depthwise").items():
+                    if self.past(share):
+                        return
+                    row = {"op": op, "shape": shape, "names": names, "batch": BATCHES[0], "dtype": dtype_name}
+                    self.guarded(f"{op} {shape} {dtype_name}", lambda row=row, dtype=dtype: self.one_gradient(row, dtype))
+
+    def one_gradient(self, row: dict, dtype: torch.dtype) -> None:
+        ours, plain, args, moved = gradient(row["op"], row["shape"], row["batch"], dtype)
+        few = [tensor[:4].contiguous(memory_format=torch.channels_last) for tensor in args]
+        row["error"] = relative_error(ours(*few), plain(*(tensor.double() for tensor in few)))
+        if not row["error"] < WRONG[row["dtype"]]:
+            raise ArithmeticError(f"relative error {row['error']:.2e} against float64")
+        if not torch.equal(ours(*args), ours(*args)):
+            raise ArithmeticError("two runs give different bits")
+        row["fastconv_us"] = self.clock(lambda: ours(*args))
+        row["eager_us"] = self.clock(lambda: plain(*args))
+        row["gb_s"] = moved / row["fastconv_us"] / 1e3
+        self.gradient_rows.append(row)
 
     def compiled_layers(self, share: float) -> None:
         """torch.compile's best on the slowest layers first."""
@@ -328,6 +381,10 @@ def targets(results: dict) -> list[dict]:
             if (row["net"], row["dtype"], row["batch"]) == (net, "bf16", 256)
         ]
         found.append({"what": f"{net}: images/s, batch 256", "target": target, "reached": max(rates, default=None), "of": len(rates)})
+    for op in GRADIENTS:
+        rows = [row for row in results["gradients"] if (row["op"], row["dtype"]) == (op, "bf16")]
+        reached = geomean([row["eager_us"] / row["fastconv_us"] for row in rows]) if rows else None
+        found.append({"what": f"{op}: times ATen, batch 128", "target": GRADIENT_TARGET, "reached": reached, "of": len(rows)})
     rates = [row["gb_s"] for row in results["layers"] if (row["op"], row["dtype"], row["batch"]) == ("depthwise", "bf16", 128)]
     reached = statistics.median(rates) if rates else None
     return [*found, {"what": "depthwise alone: GB/s, batch 128, median", "target": DEPTHWISE_TARGET, "reached": reached, "of": len(rates)}]
@@ -376,9 +433,9 @@ def tables(results: dict) -> str:
 
 
 def layer_table(results: dict) -> str:
-    widths = (12, 5, 5, 28, 11, 9, 10, 6, 5)
+    widths = (25, 5, 5, 28, 11, 9, 10, 6, 5)
     table = [("op", "dtype", "batch", "C H W Cout K stride padding", "fastconv us", "eager us", "compile us", "GB/s", "%copy")]
-    for row in results["layers"]:
+    for row in results["layers"] + results["gradients"]:
         shape = " ".join(map(str, row["shape"]))
         compiled = f"{row['compile_us']:.1f}" if "compile_us" in row else ""
         rates = f"{row['gb_s']:.0f}", f"{100 * row['gb_s'] / results['copy_gb_s']:.0f}"
@@ -440,6 +497,7 @@ def main() -> int:
         "copy_gb_s": run.copy_rate(),
         "blocks": run.block_rows,
         "layers": run.rows,
+        "gradients": run.gradient_rows,
         "networks": [],
         "failures": run.failures,
     }
@@ -447,7 +505,8 @@ def main() -> int:
         run.blocks(0.3, results["copy_gb_s"])
         results["networks"] = run.networks(0.5)
         run.compiled_blocks(0.65)
-        run.layers(0.85)
+        run.layers(0.8)
+        run.gradients(0.88)
         run.compiled_layers(0.95)
     results["targets"] = targets(results)
     results["seconds"] = time.monotonic() - run.began

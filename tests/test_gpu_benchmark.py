@@ -16,7 +16,10 @@ def results(**more):
         rest | {"op": "separable", "fused_us": 1.0, "parts_us": 1.0, "eager_us": 900.0, "floor_us": 1.0, "dtype": "fp16"},
     ]
     networks = [{"net": "mobilenet_v2", "dtype": "bf16", "batch": 256, "fastconv_us": 1024.0, "eager_us": 4096.0, "error": 1e-3}]
+    gradient = {"op": gpu.GRADIENTS[1], "shape": (32, 56, 56, 32, 3, 1, 1), "dtype": "bf16", "batch": 128, "gb_s": 2000.0}
+    gradients = [gradient | {"fastconv_us": 10.0, "eager_us": 20.0}, gradient | {"fastconv_us": 10.0, "eager_us": 80.0}]
     made = {"device": "a test", "torch": "2", "triton": "3", "copy_gb_s": 4000.0, "blocks": rows, "layers": [], "networks": networks}
+    made |= {"gradients": gradients}
     return made | {"failures": []} | more
 
 
@@ -29,7 +32,9 @@ def test_targets_stand_beside_what_was_reached():
     assert found["mobilenet_v2"]["reached"] == pytest.approx(250e3)
     assert found["mobilenet_v1"]["reached"] is None
     assert found["depthwise alone"]["reached"] is None
-    assert found.keys() == {*gpu.TARGETS, *gpu.NET_TARGETS, "depthwise alone"}
+    assert found["depthwise_backward_weight"]["reached"] == pytest.approx(4)
+    assert found["depthwise_backward_input"]["reached"] is None
+    assert found.keys() == {*gpu.TARGETS, *gpu.NET_TARGETS, *gpu.GRADIENTS, "depthwise alone"}
 
 
 def test_tables():
@@ -40,6 +45,9 @@ def test_tables():
     assert len(rows) == 4
     assert rows[1].split()[-5:] == ["10.0", "20.0", "80.0", "40.0", "50%"]
     assert rows[2].endswith("25%")  # of the faster form, in parts
+    rows = gpu.layer_table(results()).splitlines()
+    assert len(rows) == 3
+    assert rows[1].split()[-2:] == ["2000", "50"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -93,7 +93,7 @@ class Layer:
         raise NotImplementedError
 
     def input_gradient(self, grad: Tensor, size: torch.Size, added: Tensor | None) -> Tensor:
-        """The gradient of x plus `added`. grad: that of conv(x) + bias; size: of the op's input, after which only 1x1 kernels come."""
+        """The gradient of x plus `added`. grad: that of conv(x) + bias; size: the operator's input's, which is x's but for a 1x1 kernel."""
         raise NotImplementedError
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
