@@ -526,3 +526,15 @@ def test_conv_norm_from_torch_shares_the_parameters():
     with torch.no_grad():
         assert close(layer(x), original(x))
     assert Conv2dNormActivation.from_torch(layer) is not layer
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_norms_can_become_synchronised_afterwards(name):
+    original = build(name).eval()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(fastconv.replace(copy.deepcopy(original)))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) > 20
+    assert ours(model) == NETWORKS[name][1]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert close(model(x), original(x))
+    assert close(model(x), original(x))
