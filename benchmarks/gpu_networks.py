@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.benchmarks import measure
+from fastconv.benchmarks.gpu import calibrated, eager_form
 
 NETWORKS = ("mobilenet_v2", "squeezenet1_1", "mobilenet_v3_large", "mobilenet_v1", "squeezenet1_0", "mobilenet_v3_small")
 LATENCY, THROUGHPUT = (1, 8), (32, 128, 256, 512)
@@ -51,24 +52,13 @@ def build(engine: str, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor
         fast = fastconv.optimize(model)
         fast.cuda_graphs = engine == "fastconv"
         return fast
-    model = _plain(model)
+    model = eager_form(model)
     if engine == "eager_channels_last":
         return model
     if engine == "eager_cudagraphs":
         return graphed(model, x)
     torch._dynamo.reset()
     return torch.compile(model, mode=engine.removeprefix("compile_").replace("_", "-"), dynamic=False)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """A copy in plain torch: fastconv's own layers would take the fused path in inference."""
-    from fastconv.optimize.planned import Planned
-
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, Planned):
-            module.forward = module._forward
-    return model
 
 
 def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -222,27 +212,22 @@ class Bench:
         torch.manual_seed(0)
         x = torch.randn(batch, 3, self.size, self.size).to(self.device.name).contiguous(memory_format=torch.channels_last)
         model = get_model(network).to(self.device.name).to(memory_format=torch.channels_last).requires_grad_(False)
-        # Batch statistics in every norm: with fresh ones a deep random network's logits fade away.
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
-        some = x if batch > 1 else torch.randn(8, *x.shape[1:]).to(x.device).contiguous(memory_format=torch.channels_last)
-        model.train()(some[:64])
-        model.eval()
+        some = x[:64] if batch > 1 else torch.randn(8, *x.shape[1:]).to(x.device).contiguous(memory_format=torch.channels_last)
+        model = calibrated(model, some)
         few = x[:4]
-        wanted = _plain(model).double()(few.double()).cpu()
+        wanted = eager_form(model).double()(few.double()).cpu()
         model, x = model.to(self.dtype), x.to(self.dtype)
-        own = measure.relative_error(_plain(model)(x[:4]).cpu(), wanted)
+        own = measure.relative_error(eager_form(model)(x[:4]).cpu(), wanted)
         return model, x, wanted, max(ALLOWED * own, 1e-5)
 
     def first_result(self, network: str) -> None:
-        """Seconds from `import fastconv` to logits in fresh processes, torch imported and the CUDA context made before."""
+        """Runs FIRST with an empty Triton cache, with the one that it filled, and for eager torch."""
         with tempfile.TemporaryDirectory(prefix="fastconv-first-") as folder:
             row: dict[str, Any] = {"network": network}
             for label, engine in (("fastconv, empty cache", "fastconv"), ("fastconv", "fastconv"), ("eager_channels_last",) * 2):
                 request = json.dumps([engine, network, self.device.name, self.size, str(self.dtype).removeprefix("torch.")])
-                command = [sys.executable, __file__, "--first", request]
-                environment = os.environ | {"TRITON_CACHE_DIR": folder}
+                command = [sys.executable, "-c", FIRST, request]
+                environment = os.environ | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
                 try:
                     done = subprocess.run(
                         command, env=environment, capture_output=True, text=True, check=False, timeout=max(30, self.left())
@@ -335,30 +320,27 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
         return paths
 
 
-def first(request: str) -> None:
-    """In a fresh process: prints how long the engine takes from its import to its first logits."""
-    engine, network, device, size, dtype = json.loads(request)
-    plain = torch.randn(1, 3, size, size).to(device, getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    sync()
-    start = time.perf_counter()
-    from fastconv.models import get_model
-
-    with torch.no_grad():
-        model = get_model(network).eval().to(device, getattr(torch, dtype)).to(memory_format=torch.channels_last)
-        build(engine, model, plain)(plain).cpu()
-    print(json.dumps({"seconds": time.perf_counter() - start}))
+# In a fresh process, torch imported and the GPU's context made: from the import of fastconv to the first logits.
+FIRST = """
+import json, sys, time, torch
+engine, network, device, size, dtype = json.loads(sys.argv[1])
+dtype = getattr(torch, dtype)
+x = torch.randn(1, 3, size, size).to(device, dtype).contiguous(memory_format=torch.channels_last).add(0).cpu().to(device)
+start = time.perf_counter()
+from fastconv.benchmarks.gpu_networks import build
+from fastconv.models import get_model
+with torch.no_grad():
+    model = get_model(network).eval().to(device, dtype).to(memory_format=torch.channels_last)
+    build(engine, model, x)(x).cpu()
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for networks.json, networks.txt, charts and report.html")
     parser.add_argument("--minutes", type=float, default=3, help="time to spend; what does not fit is left out")
-    parser.add_argument("--first", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.first:
-        first(options.first)
-        return 0
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was run")
         return 0

@@ -84,7 +84,7 @@ def test_a_wrong_engine_is_not_timed(quick, monkeypatch):
 
 def test_a_slow_engine_joins_the_cell_that_stands(monkeypatch):
     monkeypatch.setattr(gpu_networks, "turns", lambda runs, rounds, device, wait: {name: [float(len(name))] * 3 for name in runs})
-    monkeypatch.setattr(gpu_networks, "build", lambda engine, model, x: gpu_networks._plain(model))
+    monkeypatch.setattr(gpu_networks, "build", lambda engine, model, x: gpu_networks.eager_form(model))
     run = bench()
     run.cell("squeezenet1_1", 1, ("fastconv", "eager_cudagraphs"))
     run.cell("squeezenet1_1", 1, ("fastconv", "compile_reduce_overhead"))

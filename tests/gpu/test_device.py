@@ -23,8 +23,8 @@ class TestDevice(cases.Checks, blocks.BlockChecks):
     device = "cuda"
 
     @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
-    def dtype(self, request, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    def dtype(self, request, setting):
+        setting(torch.backends.cuda.matmul, "fp32_precision", "ieee")
         return request.param
 
 
@@ -91,12 +91,12 @@ def test_opcheck(op, layout):
     torch.library.opcheck(getattr(torch.ops.fastconv, op).default, arguments(op, torch.float32, layout, requires_grad=True))
 
 
-def test_tf32_follows_torchs_switch(monkeypatch):
+def test_tf32_follows_torchs_switch(setting):
     x, weight = torch.randn(1, 512, 32, 32, device="cuda"), torch.randn(256, 512, 1, 1, device="cuda")
     wanted = torch.nn.functional.conv2d(x.double(), weight.double())
 
     def error(precision):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+        setting(torch.backends.cuda.matmul, "fp32_precision", precision)
         y = fastconv.ops.pointwise(x, weight)
         return ((y.double() - wanted).norm() / wanted.norm()).item()
 
@@ -186,9 +186,9 @@ def test_operators_compile():
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_0", "squeezenet1_1"])
-def test_network(name, monkeypatch):
+def test_network(name, setting):
     """A whole network through fastconv.optimize on the GPU, in fp32, within the bound that holds on CPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # what no kernel takes runs in cuDNN, in tf32 by default
+    setting(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # what no kernel takes runs in cuDNN, in tf32 by default
     torch.manual_seed(0)
     model = get_model(name).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)

@@ -100,6 +100,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                         if "fire" in name or "last" in name:
                             parameter.copy_(torch.randn_like(parameter) * 0.3)
 
+    @pytest.mark.parametrize("first", ["stem", "separable", "block", "fire"])
+    def test_a_plan_refuses_an_image_that_does_not_fit(first):
+        """Its launchers would read past the weights."""
+        torch.manual_seed(0)
+        net = Net().eval()
+        model = {"stem": net.stem, "separable": net.separable, "block": net.block, "fire": torch.nn.Sequential(net.fire, net.pool)}[first]
+        channels = {"stem": 3, "separable": 16, "block": 24, "fire": 24}[first]
+        fast = fastconv.optimize(model)
+        with torch.no_grad():
+            assert fast(torch.randn(1, channels, 9, 9)).isfinite().all()
+            with pytest.raises(ValueError, match=rf"\(1, {channels + 1}, 9, 9\)|{channels + 1}"):
+                fast(torch.randn(1, channels + 1, 9, 9))
+            with pytest.raises(TypeError, match="float16"):
+                fast(torch.randn(1, channels, 9, 9).half())
+
     def test_a_block_runs_as_it_is_chosen(monkeypatch):
         """Fused or in parts: the same result, from the kernels that were named."""
         from fastconv.kernels.gpu import blocks, model
