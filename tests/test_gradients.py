@@ -1,6 +1,7 @@
 """Gradients of every public operator: against finite differences, and against ATen's through the reference."""
 
 import functools
+import gc
 import itertools
 
 import pytest
@@ -267,6 +268,26 @@ def test_a_frozen_layer_keeps_no_image(op):
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     tensors["x"].requires_grad_()
     assert saved(op, tensors, rest) == {"weight", "bias", "y"}
+
+
+@pytest.mark.parametrize("op", TENSORS)
+def test_nothing_outlives_the_backward(op):
+    """No cycle keeps a recomputed image until the garbage collector comes."""
+    tensors, rest = case(op, activation="hardswish")
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in tensors.items()}
+    grad = torch.randn_like(getattr(ops, op)(**leaves, **rest))
+
+    def living():
+        return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = living()
+        torch.autograd.grad(getattr(ops, op)(**leaves, **rest), list(leaves.values()), grad)
+        assert living() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last"])

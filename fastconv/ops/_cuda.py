@@ -77,7 +77,8 @@ def check_input(op: str, x: Tensor, weight: Tensor) -> None:
 
 def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tensor:
     if why is None:
-        if not arguments["x"].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        image = next(iter(arguments.values()))
+        if not image.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton runs CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
         return run(op, file=file, **arguments)
     if _extension.backend() == "triton":

@@ -65,12 +65,14 @@ def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     return x if mapped(x) else x.contiguous(memory_format=layout)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, size, stride, padding, groups: int = 1) -> Tensor:
-    """ATen's gradient of a convolution's input of this height and width."""
-    layout = torch.channels_last if innermost(grad) else torch.contiguous_format
-    shape = (grad.shape[0], groups * weight.shape[1], *size)
-    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)  # never read: its shape and format count
-    return aten.convolution_backward(grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (True, False, False))[0]
+def convolution_backward(grad: Tensor, x: Tensor | None, weight: Tensor, size, stride, padding, mask, groups: int = 1) -> tuple:
+    """ATen's gradients of a convolution's input (of this height and width), weight and bias, those in mask; x: for the weight's alone."""
+    if x is None:  # never read: its shape and memory format count
+        layout = torch.channels_last if innermost(grad) else torch.contiguous_format
+        shape = (grad.shape[0], groups * weight.shape[1], *size)
+        x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    bias = [weight.shape[0]]
+    return aten.convolution_backward(grad, x, weight, bias, stride, padding, (1, 1), False, (0, 0), groups, mask)
 
 
 def depthwise(x: Tensor, weight: Tensor, stride, padding) -> Tensor:
@@ -92,18 +94,14 @@ class Layer:
     def forward(self, x: Tensor, activation: str | None) -> Tensor:
         raise NotImplementedError
 
-    def input_gradient(self, grad: Tensor, size: torch.Size, added: Tensor | None) -> Tensor:
-        """The gradient of x plus `added`. grad: that of conv(x) + bias; size: the operator's input's, which is x's but for a 1x1 kernel."""
-        raise NotImplementedError
+    def backward(
+        self, grad: Tensor, x: Callable[[], Tensor], size: torch.Size, needed: set[str], below: bool, added: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The gradients of the parameters needed and, if anything below needs it, of x, plus `added`.
 
-    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        grad: that of conv(x) + bias; size: the operator's input's, which is x's but for a 1x1 kernel.
+        """
         raise NotImplementedError
-
-    def gradients(self, grad: Tensor, x: Callable[[], Tensor], needed: set[str]) -> dict[str, Tensor]:
-        """Those of the parameters that are needed."""
-        weight, bias = self.names
-        found = {weight: self.weight_gradient(grad, x())} if weight in needed else {}
-        return found | ({bias: grad.sum((0, 2, 3))} if bias in needed else {})
 
 
 @dataclass
@@ -114,12 +112,14 @@ class Depthwise(Layer):
     def forward(self, x, activation):
         return ops.depthwise(x, self.weight, self.bias, self.stride, self.padding, activation)
 
-    def input_gradient(self, grad, size, added):
-        gradient = ops.depthwise_backward_input(grad, self.weight, size, self.stride, self.padding)
-        return gradient if added is None else gradient + added
-
-    def weight_gradient(self, grad, x):
-        return ops.depthwise_backward_weight(grad, x, self.weight.shape[2:], self.stride, self.padding)
+    def backward(self, grad, x, size, needed, below, added):
+        (weight, bias), found, geometry = self.names, {}, (self.stride, self.padding)
+        if weight in needed:
+            found[weight] = ops.depthwise_backward_weight(grad, x(), self.weight.shape[2:], *geometry)
+        if bias in needed:
+            found[bias] = grad.sum((0, 2, 3))
+        gradient = ops.depthwise_backward_input(grad, self.weight, size, *geometry) if below else None
+        return found, gradient if added is None or not below else gradient + added
 
 
 @dataclass
@@ -132,12 +132,14 @@ class Dense(Layer):
     def forward(self, x, activation):
         return ops.stem(x, self.weight, self.bias, self.stride, self.padding, activation)
 
-    def input_gradient(self, grad, size, added):
-        gradient = input_gradient(grad, self.weight, size, self.stride, self.padding)
-        return gradient if added is None else gradient + added
-
-    def weight_gradient(self, grad, x):
-        return torch.nn.grad.conv2d_weight(x, self.weight.shape, grad, self.stride, self.padding)
+    def backward(self, grad, x, size, needed, below, added):
+        mask = (below, *(name in needed for name in self.names))
+        if not any(mask):
+            return {}, None
+        geometry = (self.stride, self.padding)
+        gradient, *parameters = convolution_backward(grad, x() if mask[1] else None, self.weight, size, *geometry, mask)
+        found = {name: parameter for name, parameter in zip(self.names, parameters) if name in needed}
+        return found, gradient if added is None or not below else gradient + added
 
 
 @dataclass
@@ -147,15 +149,19 @@ class Pointwise(Dense):
     def forward(self, x, activation):
         return ops.pointwise(x, self.weight, self.bias, self.residual, activation)
 
-    def input_gradient(self, grad, size, added):
-        if grad.is_cuda or innermost(grad):
-            return ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None)
-        return super().input_gradient(grad, grad.shape[2:], added)  # oneDNN takes NCHW as it is
-
-    def weight_gradient(self, grad, x):
-        if grad.is_cuda:  # in a fixed order, which cuDNN does not promise
-            return (columns(grad).t() @ columns(x))[:, :, None, None]
-        return super().weight_gradient(grad, x)
+    def backward(self, grad, x, size, needed, below, added):
+        size = grad.shape[2:]
+        if not grad.is_cuda and not innermost(grad):  # oneDNN takes NCHW as it is
+            return super().backward(grad, x, size, needed, below, added)
+        gradient = ops.pointwise(grad, self.weight.transpose(0, 1), None, added, None) if below else None
+        if not grad.is_cuda:
+            return super().backward(grad, x, size, needed, False, None)[0], gradient
+        (weight, bias), found = self.names, {}
+        if weight in needed:  # in a fixed order, which cuDNN does not promise
+            found[weight] = (columns(grad).t() @ columns(x()))[:, :, None, None]
+        if bias in needed:
+            found[bias] = grad.sum((0, 2, 3))
+        return found, gradient
 
 
 @dataclass
@@ -166,19 +172,19 @@ class Expand:
     three: Dense
     activation: str = "relu"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return *self.one.names, *self.three.names
+
     def forward(self, x, activation):
         raise AssertionError("always a chain's last, with relu: nothing needs it again")
 
-    def split(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad.split([self.one.weight.shape[0], self.three.weight.shape[0]], 1)
-
-    def input_gradient(self, grad, size, added):
-        one, three = self.split(grad)
-        return self.one.input_gradient(one, size, self.three.input_gradient(three, size, added))
-
-    def gradients(self, grad, x, needed):
-        one, three = self.split(grad)
-        return self.one.gradients(one, x, needed) | self.three.gradients(three, x, needed)
+    def backward(self, grad, x, size, needed, below, added):
+        layout = torch.channels_last if innermost(grad) else torch.contiguous_format
+        one, three = (laid_out(part, layout) for part in grad.split([self.one.weight.shape[0], self.three.weight.shape[0]], 1))
+        found, gradient = self.three.backward(three, x, size, needed, below, added)
+        more, gradient = self.one.backward(one, x, size, needed, below, gradient)
+        return found | more, gradient
 
 
 def _layer(kind: type[Layer], values: dict, prefix: str = "", **more) -> Layer:
@@ -232,6 +238,30 @@ def _keep(ctx, values: dict, y: Tensor, layers: list, needed: set[str]) -> None:
     ctx.save_for_backward(*tensors.values(), y if last in FROM_OUTPUT else None)
 
 
+class _Again:
+    """The forward pass of a chain once more, as far as it is asked for. An object, not closures, whose cycle would outlive the backward."""
+
+    def __init__(self, layers: list, x: Tensor | None, y: Tensor | None) -> None:
+        self.layers, self.inputs, self.y, self.known = layers, {0: x}, y, {}
+
+    def before(self, i: int) -> Tensor:
+        """What the slope of layer i's activation follows from: what went into it, or came out."""
+        layer = self.layers[i]
+        if i == len(self.layers) - 1 and layer.activation in FROM_OUTPUT:
+            return self.y
+        if i not in self.known:
+            self.known[i] = layer.forward(self.entering(i), layer.activation if layer.activation in FROM_OUTPUT else None)
+        return self.known[i]
+
+    def entering(self, i: int) -> Tensor:
+        """Layer i's input."""
+        if i not in self.inputs:
+            activation = self.layers[i - 1].activation
+            before = self.before(i - 1)
+            self.inputs[i] = before if activation in FROM_OUTPUT else ACTIVATIONS[activation](before)
+        return self.inputs[i]
+
+
 def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.memory_format]) -> tuple[Callable, Callable]:
     build = CHAINS[name]
 
@@ -245,26 +275,11 @@ def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.me
         *saved, y = ctx.saved_tensors
         values = ctx.constants | dict(zip(ctx.names, saved, strict=True))
         layers, x = build(values), values["x"]
-        again = len(layers) > 1 or _recomputed(layers[-1].activation)
-        within = torch.channels_last if again else ctx.layout  # what our kernels compute again is as they want it
+        alone = len(layers) == 1 and not _recomputed(layers[-1].activation)
+        within = ctx.layout if alone else torch.channels_last  # what our kernels compute again is as they want it
         needed = {key for key, needs in zip(parameters, ctx.needs_input_grad) if needs}
 
-        @functools.cache
-        def before(i: int) -> Tensor:
-            """What the slope of layer i's activation follows from."""
-            layer = layers[i]
-            if i == len(layers) - 1 and layer.activation in FROM_OUTPUT:
-                return y
-            return layer.forward(entering(i), layer.activation if layer.activation in FROM_OUTPUT else None)
-
-        @functools.cache
-        def entering(i: int) -> Tensor:
-            """Layer i's input."""
-            if i == 0:
-                return laid_out(x, within)
-            activation = layers[i - 1].activation
-            return before(i - 1) if activation in FROM_OUTPUT else ACTIVATIONS[activation](before(i - 1))
-
+        again = _Again(layers, laid_out(x, within) if x is not None else None, y)
         added = None
         if values.get("residual") is True:  # inverted_residual's: x itself
             added = grad = laid_out(grad, within)
@@ -272,15 +287,17 @@ def _chain(name: str, parameters: list[str], layout: Callable[[Tensor], torch.me
         for i in reversed(range(len(layers))):
             layer = layers[i]
             if layer.activation is not None:
-                grad = SLOPES[layer.activation](grad, before(i))
+                grad = SLOPES[layer.activation](grad, again.before(i))
             grad = laid_out(grad, within)
             if i == len(layers) - 1:
                 found["residual"] = grad
-            found |= layer.gradients(grad, functools.partial(entering, i), needed)
-            if needed <= found.keys():
+            below = not needed <= {*found, *layer.names}
+            more, grad = layer.backward(grad, functools.partial(again.entering, i), ctx.size, needed, below, added if i == 0 else None)
+            found |= more
+            if not below:
                 break
-            grad = layer.input_gradient(grad, ctx.size, added if i == 0 else None)
-        found.setdefault("x", laid_out(grad, ctx.layout))
+        if "x" in needed:
+            found["x"] = laid_out(grad, ctx.layout)
         return tuple(found[key] if key in needed else None for key in parameters)
 
     return setup_context, backward

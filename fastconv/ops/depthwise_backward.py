@@ -6,7 +6,8 @@ from fastconv.ops._register import register
 
 def _input_through_aten(grad: Tensor, weight: Tensor, input_size, stride, padding) -> Tensor:
     """As the reference, which leaves ATen to guess a memory format."""
-    return _gradients.input_gradient(grad, weight, input_size, stride, padding, grad.shape[1])
+    mask = (True, False, False)
+    return _gradients.convolution_backward(grad, None, weight, input_size, stride, padding, mask, grad.shape[1])[0]
 
 
 _input = register("depthwise_backward_input", _input_through_aten)
