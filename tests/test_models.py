@@ -185,19 +185,24 @@ def test_training_gives_the_originals_outputs_gradients_and_statistics(name, pai
     x = torch.randn(4, 3, 64, 64)
     target = torch.randint(0, 1000, (4,))
     results = []
-    for model in (ours, theirs):
+    exact = copy.deepcopy(theirs).double()
+    for model in (ours, theirs, exact):
         model.train()
-        image = x.clone().requires_grad_()
+        image = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
         y = model(image)
         nn.functional.cross_entropy(y, target).backward()
-        results.append((y.detach(), image.grad))
-    assert error(results[0][0], results[1][0]) <= 1e-5
-    assert error(results[0][1], results[1][1]) <= 1e-4
-    for (key, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert error(parameter.grad, expected.grad) <= 1e-4 or expected.grad.norm() < 1e-6, key
+        results.append({"output": y.detach(), "input": image.grad} | {key: value.grad for key, value in model.named_parameters()})
+    ours_by, theirs_by, exact_by = (list(result.values()) for result in results)
+    for key, one, other, truth in zip(results[0], ours_by, theirs_by, exact_by, strict=True):
+        # The last norms see 16 pixels, and a kink that one rounding crosses is no error of another: plain torch is the yardstick.
+        # (Winograd's transforms in a fire's gradients: 4e-6.)
+        assert error(one, truth) <= 4 * error(other, truth) + 1e-5 or truth.norm() < 1e-6, key
     moved = 0
-    for (key, buffer), expected in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-6, msg=key)
+    for (key, buffer), expected, truth in zip(ours.named_buffers(), theirs.buffers(), exact.buffers(), strict=True):
+        if buffer.is_floating_point():
+            assert error(buffer, truth) <= 4 * error(expected, truth) + 1e-6, key
+        else:
+            assert torch.equal(buffer, expected), key
         moved += not torch.equal(buffer, state[key])
     assert moved == len(list(ours.buffers()))
 
