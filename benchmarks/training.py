@@ -110,6 +110,8 @@ def main(nets: str, ways: str, batch: int, threads: int, rounds: int, path: Path
     record: dict = {"batch": batch, "threads": threads, "rounds": rounds, "machine": platform.processor() or platform.machine(), "nets": {}}
     for net in nets.split(","):
         results = measure(net, chosen, batch, threads, rounds)
+        if "fastconv" not in results:
+            raise click.ClickException(f"fastconv does not train {net} here; its own message stands above")
         medians = {way: statistics.median(result["steps"]) for way, result in results.items()}
         rivals = [way for way in results if way not in ("fastconv", "replace")]
         ratios = {

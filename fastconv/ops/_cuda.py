@@ -76,9 +76,9 @@ def check_input(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tensor:
+    like = next(iter(arguments.values()))  # the image that comes first: x, or a gradient
     if why is None:
-        image = next(iter(arguments.values()))
-        if not image.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"{op}: FASTCONV_BACKEND=triton runs CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
         return run(op, file=file, **arguments)
     if _extension.backend() == "triton":
@@ -86,8 +86,7 @@ def _run(op: str, why: str | None, file: str | None = None, **arguments) -> Tens
     y = getattr(reference, op)(**arguments)
     if op == "depthwise_backward_weight":
         return y.contiguous()
-    x = arguments["grad" if op == "depthwise_backward_input" else "x"]
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
