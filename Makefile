@@ -10,7 +10,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test exact sanitize mutants fuzz gpu peers bench-ops bench-pointwise lint format wheel clean
+.PHONY: help demo test exact sanitize mutants fuzz gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layer
 
 peers: $(VENV)/.peers  ## six networks in all nine engines, batch 1 and 16: tables, JSON, charts, a page (ARGS="--nets mobilenet_v2")
 	$(BIN)/fastconv bench --engines all --batch 1,16 --cold --layers --scaling --claims --out out/peers $(ARGS)
+
+bench-training: $(VENV)/.built  ## a training step beside eager torch and torch.compile, in turns (ARGS="--nets mobilenet_v2")
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape and ISA
 	$(BIN)/python benchmarks/peak_pointwise.py $(ARGS)

@@ -39,12 +39,14 @@ if way in ("fastconv", "replace"):
     import fastconv
 if way == "fastconv":
     model = fastconv.models.get_model(name)
-elif name == "mobilenet_v1":
-    import timm
-    model = timm.create_model("mobilenetv1_100")
 else:
     from fastconv.models._torchvision import import_torchvision
-    model = import_torchvision().models.get_model(name)
+    torchvision = import_torchvision()
+    if name == "mobilenet_v1":
+        import timm
+        model = timm.create_model("mobilenetv1_100")
+    else:
+        model = torchvision.models.get_model(name)
 layout = torch.contiguous_format if way == "eager" else torch.channels_last
 model = model.train().to(memory_format=layout)
 if way == "replace":
