@@ -86,7 +86,7 @@ def _window(op: str, shape: Shape, channels: int, kernel: tuple, stride: tuple, 
     size = []
     for extent, k, s, p in zip(shape[2:], kernel, stride, padding, strict=True):
         out = (extent + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
-        size.append(out - 1 if ceil_mode and (out - 1) * s >= extent + p else out)  # the last window must start inside the image
+        size.append(torch.sym_min(out, (extent + p - 1) // s + 1) if ceil_mode else out)  # the last window must start inside the image
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"{op}: the output would have no pixels: input {tuple(shape)}, kernel {tuple(kernel)}, padding {tuple(padding)}")
     return shape[0], channels, size[0], size[1]

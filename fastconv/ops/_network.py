@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastconv import _extension
+from fastconv.ops import _checks
 from fastconv.ops._register import library, overload
 
 FORMAT = "fastconv 1"  # as in csrc/program.cpp
@@ -74,8 +75,15 @@ def fake(x: Tensor, weights: list[Tensor], program: str) -> Tensor:
         names = [argument.name for argument in op._schema.arguments]
         if "residual" in names:
             args.insert(names.index("residual") - 1, values[int(second)] if int(second) >= 0 else None)
-        values.append(op(values[int(first)], *args))
-    return x.new_empty(values[-1].shape).contiguous(memory_format=torch.channels_last)
+        if name in ("max_pool", "global_avg_pool"):  # their own fake kernels ask for x's memory format, and so for sizes
+            values.append(_empty(x, getattr(_checks, name)(values[int(first)], *args)))
+        else:
+            values.append(op(values[int(first)], *args))
+    return _empty(x, values[-1].shape)
+
+
+def _empty(x: Tensor, shape: _checks.Shape) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 if _extension.available:

@@ -13,7 +13,8 @@ PANEL = 16  # output channels in a panel
 
 
 def _image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return x.new_empty((x.shape[0], channels, height, width)).contiguous(memory_format=torch.channels_last)
+    shape = (x.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)  # asks nothing of a symbolic shape
 
 
 def _window(op: str, x: Tensor, bias: Tensor, kernel, stride, padding) -> Tensor:
