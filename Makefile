@@ -21,7 +21,7 @@ demo: $(VENV)/.built  ## six networks on real photographs: logits and times besi
 test: $(VENV)/.built  ## every test but the slow ones (ARGS="-k pointwise", ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
 
-exact:  ## a million cases of the kernels on integers, with no tolerance, between unmapped pages (ARGS="--list", "--op depthwise")
+exact:  ## 1.4 million cases of the kernels on integers, with no tolerance, between unmapped pages (ARGS="--list", "--op depthwise")
 	$(PYTHON) tests/core/programs.py exact $(ARGS)
 
 sanitize:  ## the kernels' edge cases under the address, undefined, thread and memory sanitizers (ARGS="address")
