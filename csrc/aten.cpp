@@ -1,18 +1,27 @@
 #include "csrc/aten.h"
 
 #include <array>
+#include <utility>
 
 namespace fastconv::aten {
 
 namespace {
 
-template <class... Args>
-Tensor call(const char* op, const char* overload, const Args&... args) {
+template <size_t RESULTS, class... Args>
+std::array<Tensor, RESULTS> call_all(const char* op, const char* overload, const Args&... args) {
+  static_assert(RESULTS <= sizeof...(Args));  // they come back in the arguments' place
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   if (torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)  // it has printed the reason
     throw std::runtime_error(std::string("fastconv: ") + op +
                              " failed on these arguments, which only ATen computes; its own message stands above");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return [&]<size_t... I>(std::index_sequence<I...>) {
+    return std::array<Tensor, RESULTS>{torch::stable::detail::to<Tensor>(stack[I])...};
+  }(std::make_index_sequence<RESULTS>{});
+}
+
+template <class... Args>
+Tensor call(const char* op, const char* overload, const Args&... args) {
+  return call_all<1>(op, overload, args...)[0];
 }
 
 }  // namespace
@@ -24,21 +33,8 @@ Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, c
 Tensor conv_backward(ConvGradient which, const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
                      int64_t groups) {
   const bool wanted[3] = {which == ConvGradient::input, which == ConvGradient::weight, false};
-  std::array<StableIValue, 11> stack{torch::stable::detail::from(grad),
-                                     torch::stable::detail::from(x),
-                                     torch::stable::detail::from(weight),
-                                     torch::stable::detail::from(std::nullopt),
-                                     torch::stable::detail::from(stride),
-                                     torch::stable::detail::from(padding),
-                                     torch::stable::detail::from(Ints{1, 1}),
-                                     torch::stable::detail::from(false),
-                                     torch::stable::detail::from(Ints{0, 0}),
-                                     torch::stable::detail::from(groups),
-                                     torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
-  if (torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("fastconv: aten::convolution_backward failed on these arguments; its own message stands above");
-  Tensor gradients[3] = {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-                         torch::stable::detail::to<Tensor>(stack[2])};
+  const auto gradients = call_all<3>("aten::convolution_backward", "", grad, x, weight, std::nullopt, stride, padding, Ints{1, 1}, false,
+                                     Ints{0, 0}, groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3));
   return gradients[which == ConvGradient::input ? 0 : 1];
 }
 

@@ -51,9 +51,20 @@ int64_t work(const Shape& out, int64_t kernel) { return out.n * out.image() * ke
 Tensor flip_taps(const Tensor& taps) {
   const int64_t count = taps.size(0), channels = taps.size(1);
   Tensor flipped = floats({count, channels});
+  const float* const from = data(taps);
   float* const to = static_cast<float*>(flipped.mutable_data_ptr());
-  for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * channels, data(taps) + (count - 1 - t) * channels, channels * sizeof(float));
+  for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * channels, from + (count - 1 - t) * channels, channels * sizeof(float));
   return flipped;
+}
+
+Tensor unpack_taps(const Tensor& taps) {
+  const int64_t count = taps.size(0), channels = taps.size(1), kernel = count == 9 ? 3 : 5;
+  Tensor weight = floats({channels, 1, kernel, kernel});
+  const float* const from = data(taps);
+  float* to = static_cast<float*>(weight.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t t = 0; t < count; ++t) *to++ = from[t * channels + c];
+  return weight;
 }
 
 Tensor depthwise_backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints padding) {
@@ -86,21 +97,18 @@ Tensor depthwise_backward_weight(Tensor grad, Tensor x, Ints kernel_size, Ints s
   check_pair(op, "kernel_size", kernel_size, 1);
   check_like(op, "grad", grad, x);
   const Shape in = shape_like(x), out = check_gradient(op, grad, in, kernel_size, stride, padding);
-  const int64_t kernel = kernel_size[0], taps = kernel * kernel;
+  const int64_t kernel = kernel_size[0];
   if (!covered(op, x) || !kernel_covers(kernel, kernel_size[1], stride, padding)) {
     const Tensor like = torch::stable::empty({in.c, 1, kernel, kernel_size[1]}, x.scalar_type());
     return torch::stable::contiguous(aten::conv_backward(aten::ConvGradient::weight, grad, x, like, stride, padding, in.c));
   }
   const Image arriving(grad), image(x);
-  Tensor packed = floats({taps, in.c}), weight = floats({in.c, 1, kernel, kernel});
+  Tensor taps = floats({kernel * kernel, in.c});
   DepthwiseBackward gradient = backward(in, out, kernel, stride, padding, arriving.data);
   gradient.image = {image.data, in.c, in.c, nullptr, nullptr, Activation::none, nullptr};
-  gradient.dweight = static_cast<float*>(packed.mutable_data_ptr());
+  gradient.dweight = static_cast<float*>(taps.mutable_data_ptr());
   in_parallel(work(out, kernel), [&](const Parallel& parallel) { run_depthwise_backward(gradient, parallel); });
-  float* to = static_cast<float*>(weight.mutable_data_ptr());
-  for (int64_t c = 0; c < in.c; ++c)
-    for (int64_t t = 0; t < taps; ++t) *to++ = gradient.dweight[t * in.c + c];
-  return weight;
+  return unpack_taps(taps);
 }
 
 }  // namespace fastconv

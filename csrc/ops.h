@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
 // The kernels' depthwise convolution: stride along the width 1 or 2, padding below the kernel.
 bool depthwise_covers(int64_t kernel, const Ints& stride, const Ints& padding);
 
-Tensor flip_taps(const Tensor& taps);  // (K * K, C), turned by half: those of the input gradient
+Tensor flip_taps(const Tensor& taps);    // (K * K, C), turned by half: those of the input gradient
+Tensor unpack_taps(const Tensor& taps);  // (K * K, C) -> (C, 1, K, K)
 
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
 // x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)

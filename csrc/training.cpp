@@ -386,14 +386,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
         needs_input ? mutable_data(dx) : nullptr,
         {kind, input, row(input_norm, mean_row), kind == Through::nothing ? nullptr : mutable_data(through_sums)}};
     in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) { run_depthwise_backward(backward, parallel); });
-    Tensor dweight = needs_weight ? floats({channels, 1, g.kernel_h, g.kernel_w}) : nothing();
-    if (needs_weight) {
-      const float* const from = data(packed);
-      float* const to = mutable_data(dweight);
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) to[c * taps + t] = from[t * channels + c];
-    }
-    return {returned(out, dx), through_sums, dweight, dbias};
+    return {returned(out, dx), through_sums, needs_weight ? unpack_taps(packed) : nothing(), dbias};
   }
 
   const int64_t taps = g.kernel_h * g.kernel_w, depth = taps * g.in.c;

@@ -199,3 +199,15 @@ def check_other_dtypes(call: Callable[..., Tensor], specification: Callable[...,
             torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
             last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def randomise_norms(module: torch.nn.Module) -> None:
+    """Normalisation that does something, so that folding it wrongly shows."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            if part.track_running_stats:
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 1.5)
+            if part.affine:
+                torch.nn.init.uniform_(part.weight, 0.8, 1.2)
+                torch.nn.init.normal_(part.bias, 0, 0.1)

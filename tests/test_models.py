@@ -14,6 +14,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from dispatched import Operators
+from harness import randomise_norms
 from torch import Tensor, nn
 
 from fastconv import _extension, models
@@ -35,15 +36,11 @@ def original(name: str, **kwargs) -> nn.Module:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Normalisation that does something, so that folding it wrongly shows."""
+    """Norms and biases that do something."""
     torch.manual_seed(seed)
+    randomise_norms(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.8, 1.2)
-            nn.init.normal_(module.bias, 0, 0.1)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.normal_(module.bias, 0, 0.1)
     return model
 

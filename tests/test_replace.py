@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from harness import randomise_norms
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -43,12 +44,7 @@ each_network = pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v1",
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.8, 1.2)
-            nn.init.normal_(module.bias, 0, 0.1)
+    randomise_norms(model)
     return model
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import U
+from harness import U, randomise_norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,15 +60,9 @@ each_mode = pytest.mark.parametrize("mode", [True, False], ids=["train", "frozen
 
 
 def randomised(module: nn.Module) -> nn.Module:
+    randomise_norms(module)
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            if part.track_running_stats:
-                part.running_mean.normal_(0, 0.1)
-                part.running_var.uniform_(0.5, 1.5)
-            if part.affine:
-                nn.init.uniform_(part.weight, 0.8, 1.2)
-                nn.init.normal_(part.bias, 0, 0.1)
-        elif isinstance(part, nn.Dropout):
+        if isinstance(part, nn.Dropout):
             part.p = 0.0
     return module
 

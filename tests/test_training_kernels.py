@@ -212,6 +212,35 @@ def test_what_is_not_covered_is_torchs(change, why, monkeypatch):
     module(x).sum().backward()
 
 
+def test_subclasses_compute_what_they_say():
+    """A class that only looks like one of ours goes its own way, alone or inside a block."""
+
+    class Halved(fastconv.nn.Conv2dNormActivation):
+        def _forward(self, x):
+            return super()._forward(x) / 2
+
+    class Doubled(fastconv.nn.PointwiseConv2d):
+        def _forward(self, x):
+            return 2 * super()._forward(x)
+
+    class SqueezeExcitation(mobilenet_v3.SqueezeExcitation):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    x = torch.randn(2, 16, 9, 9)
+    row = fastconv.nn.Conv2dNormActivation(16, 16, 1)
+    cfg = mobilenet_v3.InvertedResidualConfig(16, 3, 16, 16, True, "RE", 2, 1, 1.0)
+    for change, module in (
+        (lambda m: setattr(m[0], "__class__", Halved), nn.Sequential(row)),
+        (lambda m: setattr(m[0], "__class__", Doubled), fastconv.nn.Conv2dNormActivation(16, 16, 1, norm_layer=None)),
+        (lambda m: setattr(m.block[1], "__class__", SqueezeExcitation), mobilenet_v3.InvertedResidual(cfg, norm)),
+    ):
+        change(module.train())
+        exact = copy.deepcopy(module).double()
+        y, truth = _training.run_each(x, [module]), exact(x.double())
+        assert (y.double() - truth).norm() <= 1e-5 * truth.norm()
+
+
 def test_torchs_own_error_messages():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fastconv.nn.InvertedResidual(16, 16, 1, 6).train()(torch.randn(1, 16, 1, 1))

@@ -19,6 +19,8 @@ from fastconv import _extension, reference
 from fastconv._buffers import buffers
 from fastconv.nn._conv import KernelConv2d
 from fastconv.optimize.plan import plain
+from fastconv.optimize.planned import Planned
+from fastconv.optimize.trace import hooked
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -107,18 +109,11 @@ def trains(x: Tensor) -> bool:
 # Structure.
 
 
-def _bare(module: nn.Module) -> bool:
-    """Without hooks, which would want to see what is never stored."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or getattr(module, "_backward_pre_hooks", None)
-    )
-
-
 def _flat(modules: Iterable[nn.Module]) -> list[nn.Module] | None:
     flat: list[nn.Module] = []
     for module in modules:
         if isinstance(module, nn.Sequential):
-            inner = _flat(module) if _bare(module) and _is_chain(module) else None
+            inner = _flat(module) if not hooked(module) and _is_chain(module) else None
             if inner is None:
                 return None
             flat += inner
@@ -128,20 +123,25 @@ def _flat(modules: Iterable[nn.Module]) -> list[nn.Module] | None:
 
 
 def _is_chain(module: nn.Sequential) -> bool:
-    return type(module).forward is nn.Sequential.forward or getattr(module, "is_chain", False)
+    """Whether its modules one after another are all that it computes."""
+    kind = type(module)
+    return kind.forward is nn.Sequential.forward or (
+        kind.forward is Planned.forward and getattr(kind._forward, "is_chain", False)  # Conv2dNormActivation's
+    )
+
+
+_GATES = ("fastconv.models.mobilenet_v3.SqueezeExcitation", "torchvision.ops.misc.SqueezeExcitation")
 
 
 def _is_gate(module: nn.Module) -> bool:
-    """Squeeze-excitation as in torchvision: scale_activation(fc2(activation(fc1(mean)))) * x."""
-    names = ("avgpool", "fc1", "fc2", "activation", "scale_activation")
-    pool = getattr(module, "avgpool", None)
+    """Squeeze-excitation, scale_activation(fc2(activation(fc1(avgpool(x))))) * x, whose avgpool the kernels take over."""
+    kind = type(module)
     return (
-        type(module).__name__ == "SqueezeExcitation"
-        and list(module._modules) == list(names)
-        and isinstance(pool, nn.AdaptiveAvgPool2d)
-        and pool.output_size in (1, (1, 1))
-        and _bare(module)
-        and _bare(pool)
+        f"{kind.__module__}.{kind.__qualname__}" in _GATES
+        and not hooked(module)
+        and type(module.avgpool) is nn.AdaptiveAvgPool2d
+        and module.avgpool.output_size in (1, (1, 1))
+        and not hooked(module.avgpool)
     )
 
 
@@ -164,11 +164,11 @@ def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
         norm, activation = None, None
         if i < len(flat) and type(flat[i]) is nn.BatchNorm2d:
             norm = flat[i]
-            if not (_bare(norm) and norm.num_features == conv.out_channels):
+            if hooked(norm) or norm.num_features != conv.out_channels:
                 return None
             i += 1
         if i < len(flat) and type(flat[i]) in _ACTIVATIONS:
-            if not _bare(flat[i]):
+            if hooked(flat[i]):
                 return None
             activation = _ACTIVATIONS[type(flat[i])]
             i += 1
@@ -183,11 +183,13 @@ def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d or isinstance(module, KernelConv2d)
+    kind = type(module)
+    ours = issubclass(kind, KernelConv2d) and kind.forward is Planned.forward and kind._forward is KernelConv2d._forward
+    return (kind is nn.Conv2d or ours) and not hooked(module)
 
 
 def _is_covered_conv(conv: nn.Module) -> bool:
-    if not (_is_plain_conv(conv) and _bare(conv) and conv.padding_mode == "zeros" and conv.dilation == (1, 1)):
+    if not (_is_plain_conv(conv) and conv.padding_mode == "zeros" and conv.dilation == (1, 1)):
         return False
     if isinstance(conv.padding, str):
         return False
@@ -203,30 +205,42 @@ def _is_covered_conv(conv: nn.Module) -> bool:
 
 def _serves(x: Tensor, parts: list[Layer | nn.Module]) -> bool:
     """Whether tensors and sizes fit; what is wrong is left to torch's own modules, whose messages users know."""
-    channels, height, width = x.shape[1:]
+    shape = tuple(x.shape)
     for number, part in enumerate(parts):
         if not isinstance(part, Layer):
             continue
         conv, norm = part.conv, part.norm
-        if conv.in_channels != channels or (conv.groups == 1 and conv.kernel_size != (1, 1) and (number or x.requires_grad)):
+        if conv.in_channels != shape[1] or (conv.groups == 1 and conv.kernel_size != (1, 1) and (number or x.requires_grad)):
             return False
         tensors = [tensor for tensor in part.parameters if tensor is not None]
         if norm is not None and norm.running_mean is not None:
             tensors += [norm.running_mean, norm.running_var]
         if not _are_covered(tensors):
             return False
-        channels = conv.out_channels
-        height = (height + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
-        width = (width + 2 * conv.padding[1] - conv.kernel_size[1]) // conv.stride[1] + 1
-        if height <= 0 or width <= 0:
-            return False
-        if part.statistics == _BATCH and x.shape[0] * height * width == 1:
+        shape = _output_shape(shape, conv)
+        n, _, height, width = shape
+        if height <= 0 or width <= 0 or (part.statistics == _BATCH and n * height * width == 1):
             return False
     return True
 
 
+def _output_shape(shape: Sequence[int], conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    n, _, *size = shape
+    height, width = (
+        (extent + 2 * padding - kernel) // stride + 1
+        for extent, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return n, conv.out_channels, height, width
+
+
 def _are_covered(tensors: Iterable[Tensor]) -> bool:
-    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and (tensor.dim() != 1 or tensor.is_contiguous())
+        for tensor in tensors
+    )
 
 
 # Running.
@@ -245,15 +259,6 @@ def _run_parts(x: Tensor, parts: list[Layer | nn.Module], residual: bool) -> Ten
         gate = part.scale_activation(part.fc2(part.activation(part.fc1(means))))
         state, layers = (y, norm, gate, layers[-1].activation), []
     return _Chain.apply(*state, added, tuple(layers), True, *_flat_parameters(layers))
-
-
-def _output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    n, _, *size = x.shape
-    height, width = (
-        (extent + 2 * padding - kernel) // stride + 1
-        for extent, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
-    )
-    return n, conv.out_channels, height, width
 
 
 def _flat_parameters(layers: Sequence[Layer]) -> list[Tensor | None]:
@@ -283,7 +288,7 @@ class _Chain(torch.autograd.Function):
             weight, bias, gamma, beta = parameters[4 * i : 4 * i + 4]
             kind, batch_norm = ctx.statistics[i], layer.norm
             tracks = kind == _BATCH and batch_norm.running_mean is not None and batch_norm.training
-            y = buffers.image(_output_shape(images[-1], layer.conv))
+            y = buffers.image(_output_shape(images[-1].shape, layer.conv))
             _, made = ops.training_conv(
                 images[-1],
                 norms[-1],
@@ -479,9 +484,9 @@ class TrainedSequential(nn.Sequential):
 def fire(x: Tensor, squeeze: nn.Conv2d, expand1x1: nn.Conv2d, expand3x3: nn.Conv2d, activations: Iterable[nn.Module]) -> Tensor | None:
     """A fire module's output, or None where the training kernels do not cover it."""
     convs = (squeeze, expand1x1, expand3x3)
-    if not (trains(x) and all(_is_plain_conv(conv) and _bare(conv) for conv in convs)):
+    if not (trains(x) and all(map(_is_plain_conv, convs))):
         return None
-    if not all(type(activation) is nn.ReLU and _bare(activation) for activation in activations):
+    if not all(type(activation) is nn.ReLU and not hooked(activation) for activation in activations):
         return None
     tensors = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
     if x.shape[1] != squeeze.in_channels or not _are_covered(tensor for tensor in tensors if tensor is not None):
@@ -518,7 +523,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _is_covered_pool(pool: nn.MaxPool2d) -> bool:
     small = all(padding <= 1 for padding in _pair(pool.padding))
-    return _pair(pool.kernel_size) == (3, 3) and small and _pair(pool.dilation) == (1, 1) and not pool.return_indices and _bare(pool)
+    return _pair(pool.kernel_size) == (3, 3) and small and _pair(pool.dilation) == (1, 1) and not pool.return_indices and not hooked(pool)
 
 
 class _MaxPool(torch.autograd.Function):

@@ -19,8 +19,6 @@ class Conv2dNormActivation(Planned, nn.Sequential):
     the convolution. `padding=None` keeps the resolution at stride 1; `bias=None` gives the convolution a bias only when there is no norm.
     """
 
-    is_chain = True  # its modules one after another, nothing else (fastconv/nn/_training.py)
-
     def __init__(
         self,
         in_channels: int,
@@ -76,3 +74,5 @@ class Conv2dNormActivation(Planned, nn.Sequential):
 
     def _forward(self, x: Tensor) -> Tensor:
         return run_each(x, self)
+
+    _forward.is_chain = True  # its modules one after another, nothing else (fastconv/nn/_training.py)

@@ -59,16 +59,6 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int6
   });
 }
 
-// A range of rows counted through a batch, image by image: f(image, rows within it). (Or pixels, with an image's pixels for its height.)
-template <class F>
-void for_each_image(Range rows, int64_t height, const F& f) {
-  for (int64_t row = rows.begin; row < rows.end;) {
-    const int64_t n = row / height, end = std::min(rows.end, (n + 1) * height);
-    f(n, Range{row - n * height, end - n * height});
-    row = end;
-  }
-}
-
 Pointwise product(const PackedPointwise& weights, const float* x, Strides x_strides, float* out, Strides out_strides,
                   const float* residual = nullptr, Strides residual_strides = 0) {
   return {x,

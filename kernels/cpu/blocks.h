@@ -2,6 +2,7 @@
 // and squeeze-excitation, so depthwise-separable blocks too). ISA-independent: they call the active kernel table.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -9,6 +10,16 @@
 #include "kernels/cpu/parallel.h"
 
 namespace fastconv {
+
+// A range of rows counted through a batch, image by image: f(image, rows within it). (Or pixels, with an image's pixels for its height.)
+template <class F>
+void for_each_image(Range rows, int64_t height, const F& f) {
+  for (int64_t row = rows.begin; row < rows.end;) {
+    const int64_t n = row / height, end = std::min(rows.end, (n + 1) * height);
+    f(n, Range{row - n * height, end - n * height});
+    row = end;
+  }
+}
 
 struct PackedPointwise {
   const float* panels;

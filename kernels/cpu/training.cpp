@@ -28,19 +28,16 @@ struct Strips {
   int64_t most() const { return ceil_div(in_image, ceil_div(in_image, each)); }
 };
 
-int64_t padded(int64_t channels) { return ceil_div(channels, PANEL) * PANEL; }
+int64_t padded(int64_t channels) { return panels_for(channels) * PANEL; }
 // Rows of a scratch strip: an odd number of cache lines apart, so that a column's pixels spread over all cache sets.
-int64_t strip_stride(int64_t channels) { return (ceil_div(channels, PANEL) | 1) * PANEL; }
+int64_t strip_stride(int64_t channels) { return (panels_for(channels) | 1) * PANEL; }
 
-// A range of pixels through a batch, image by image: f(image, pixels).
+// A range of pixels through a batch, image by image where that is `needed`: f(image, pixels).
 template <class F>
 void by_image(Range pixels, int64_t image_pixels, bool needed, const F& f) {
   if (!needed) return f(int64_t{0}, pixels);
-  for (int64_t p = pixels.begin; p < pixels.end;) {
-    const int64_t n = p / image_pixels, end = std::min(pixels.end, (n + 1) * image_pixels);
-    f(n, Range{p, end});
-    p = end;
-  }
+  for_each_image(pixels, image_pixels,
+                 [&](int64_t n, Range part) { f(n, Range{n * image_pixels + part.begin, n * image_pixels + part.end}); });
 }
 
 Activated at(Activated image, int64_t pixel, int64_t n) {
@@ -385,26 +382,25 @@ void run_depthwise_backward(const DepthwiseBackward& op, const Parallel& paralle
           const int64_t z_needed = std::min(op.height, (oh_end - 1) * op.stride_h - op.pad_h + op.kernel);
           for (; z.next < z_needed; ++z.next)
             k.activated(at(op.image, (n * op.height + z.next) * op.width, n), op.width, z.row(z.next), z.strides);
-          DepthwiseGradient weights{};
-          weights.z = z.data;
-          weights.dy = dy.data;
-          weights.z_strides = z.strides;
-          weights.dy_strides = dy.strides;
-          weights.z_row_stride = z.row_stride;
-          weights.dy_row_stride = dy.row_stride;
-          weights.z_ring_rows = z.rows;
-          weights.dy_ring_rows = dy.rows;
-          weights.height = op.height;
-          weights.width = op.width;
-          weights.channels = channels;
-          weights.out_width = op.out_width;
-          weights.kernel = op.kernel;
-          weights.stride_h = op.stride_h;
-          weights.stride_w = op.stride_w;
-          weights.pad_h = op.pad_h;
-          weights.pad_w = op.pad_w;
-          weights.sums = weight_sums + i * weight_floats;
-          weights.sums_stride = padded(channels);
+          const DepthwiseGradient weights{.z = z.data,
+                                          .dy = dy.data,
+                                          .z_strides = z.strides,
+                                          .dy_strides = dy.strides,
+                                          .z_row_stride = z.row_stride,
+                                          .dy_row_stride = dy.row_stride,
+                                          .z_ring_rows = z.rows,
+                                          .dy_ring_rows = dy.rows,
+                                          .height = op.height,
+                                          .width = op.width,
+                                          .channels = channels,
+                                          .out_width = op.out_width,
+                                          .kernel = op.kernel,
+                                          .stride_h = op.stride_h,
+                                          .stride_w = op.stride_w,
+                                          .pad_h = op.pad_h,
+                                          .pad_w = op.pad_w,
+                                          .sums = weight_sums + i * weight_floats,
+                                          .sums_stride = padded(channels)};
           k.depthwise_gradient(weights, {oh, oh_end});
         }
         oh = std::max(oh, oh_end);
