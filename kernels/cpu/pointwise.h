@@ -11,11 +11,13 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
   constexpr int64_t L1_FLOATS = 8 * 1024, L2_FLOATS = 64 * 1024, L2_WEIGHTS = 128 * 1024, TILE = max_rows<PREFERRED_NV>();
   const int64_t K = op.in_channels;
   const bool small = K * panels.size() * PANEL <= L2_WEIGHTS;
-  const int64_t tiles_at_once = (small ? L1_FLOATS : L2_FLOATS) / K / TILE;
-  const int64_t most = TILE * (tiles_at_once < 1 ? 1 : small && tiles_at_once > 4 ? 4 : tiles_at_once);
+  const bool once = panels.size() * PANEL <= PREFERRED_NV * W;  // one pass
+  const int64_t tiles_at_once = once ? ceil_div(pixels.size(), TILE) : (small ? L1_FLOATS : L2_FLOATS) / K / TILE;
+  const int64_t most = TILE * (tiles_at_once < 1 ? 1 : small && !once && tiles_at_once > 4 ? 4 : tiles_at_once);
   for (int64_t m = pixels.begin; m < pixels.end; m += most) {
     const int64_t rows = pixels.end - m < most ? pixels.end - m : most;
     const float* const x = op.x + m * op.x_strides.pixel;
+    const float* const end = op.x + pixels.end * PANEL;
     const StridedSource source{x, op.x_strides.pixel, 1, K, 0};
     Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_strides.pixel, op.out_strides, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_strides.pixel;
@@ -30,12 +32,15 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
         const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
         at.ahead = at.panels + PANELS * to.panel_stride;
         at.ahead_lines = K * (left < PANELS ? left : PANELS);
-        at.ahead_lines_a_tile = K / UNROLL * AHEAD_LINES;
+        at.ahead_lines_a_step = ceil_div(PANELS * UNROLL, ceil_div(rows, TILE));  // all of them in this pass
+        at.ahead_lines_a_tile = K / UNROLL * at.ahead_lines_a_step;
       }
       if (op.x_strides.innermost())
         cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
       else
-        cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Blocked<MR>(x + first * PANEL, op.x_strides.block, K); });
+        cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) {
+          return Blocked<MR>(x + first * PANEL, op.x_strides.block, K, column == panels.begin * PANEL ? end : nullptr);
+        });
     };
     if (rows <= 4)  // a matrix-vector product reads each weight once: the more streams at a time, the better memory keeps up
       for_each_chunk<MAX_NV>(panels, op.out_channels, paired, chunk);

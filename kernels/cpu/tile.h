@@ -26,8 +26,7 @@ constexpr int max_rows() {
   if constexpr (W == 8) return VECTORS == 2 ? 6 : 12;
   return 2;
 }
-constexpr int AHEAD_LINES = 2;  // fetched for every UNROLL of depth
-constexpr int UNROLL = 4;       // of the depth: addresses become displacements
+constexpr int UNROLL = 4;  // of the depth: addresses become displacements
 constexpr int MAX_NV = W == 16 ? 4 : W == 8 ? 2 : 4;
 
 // Rows whose pixels stand a fixed stride apart. Each segment is a run of `depth` inputs: one for pointwise; for a convolution over a padded
@@ -71,15 +70,27 @@ struct Strided {
 
 // Pixels of a blocked image. One pointer serves all rows, whose places are constants; after 16 inputs it goes on to the next block. (A
 // segment a block would move every sum from register to register between segments.)
+//
+// Up to `end` inputs are fetched AHEAD_BLOCKS of 16 before they are read: another thread may have made them, and a line comes from its
+// cache in as long as a tile takes for 16 inputs, in runs too short for the hardware to fetch by itself.
 template <int MR>
 struct Blocked {
   static constexpr bool FETCHES = true;
   static constexpr int64_t segments = 1;
+  static constexpr int64_t AHEAD_BLOCKS = 4;
   const float* x;
   int64_t to_next_block, depth;
   const float* p;
   int64_t read = 0;
-  FASTCONV_INLINE Blocked(const float* x, int64_t block, int64_t inputs) : x(x), to_next_block(block - PANEL), depth(inputs), p(x) {}
+  const float *tile, *fetched, *end;  // the tile that is fetched, and its block
+  FASTCONV_INLINE Blocked(const float* x, int64_t block, int64_t inputs, const float* end = nullptr)
+      : x(x), to_next_block(block - PANEL), depth(inputs), p(x), tile(x), fetched(x), end(end) {
+    for (int64_t i = 0; tile < end && i < AHEAD_BLOCKS; ++i) next_fetch();
+  }
+  FASTCONV_INLINE void next_fetch() {
+    fetched += to_next_block + PANEL;
+    if (fetched - tile >= ceil_div(depth, PANEL) * (to_next_block + PANEL)) fetched = tile += MR * PANEL;
+  }
   FASTCONV_INLINE void enter(int64_t) {
     p = x;
     read = 0;
@@ -89,7 +100,14 @@ struct Blocked {
   FASTCONV_INLINE void advance(int n) {
     p += n;
     read += n;
-    if (read % PANEL == 0) p += to_next_block;
+    if (read % PANEL == 0) {
+      p += to_next_block;
+      if (tile < end) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) __builtin_prefetch(fetched + r * PANEL);
+        next_fetch();
+      }
+    }
   }
 };
 
@@ -138,7 +156,7 @@ struct Output {
   Strides out_strides;
   int64_t columns;
   const float* ahead = nullptr;  // weights that are needed next, of which ahead_lines cache lines are fetched meanwhile
-  int64_t ahead_lines = 0, ahead_lines_a_tile = 0;
+  int64_t ahead_lines = 0, ahead_lines_a_tile = 0, ahead_lines_a_step = 0;  // a step is UNROLL of the depth
   int64_t panel_step = 0, out_step = 0;  // from tile to tile, where the next is not the pixels below
 };
 
@@ -200,11 +218,10 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
     for (int v = NV; v < ALL; ++v) bias[v] = load(lanes + (v - NV) * W);
   }
   // Weights come from L3 or memory once a call: fetched while the tiles before still multiply, they cost nothing.
-  int64_t ahead_step = to.ahead_lines > 0 ? AHEAD_LINES * 16 : 0;
-  const float* ahead = to.ahead_lines > 0 ? to.ahead : to.panels;
+  const float* ahead = to.ahead;
   const float* const ahead_end = ahead + to.ahead_lines * 16;
   for (; count > 0; --count) {
-    if (ahead >= ahead_end) ahead = to.panels, ahead_step = 0;
+    const int64_t ahead_floats = ahead < ahead_end ? to.ahead_lines_a_step * 16 : 0;
     vec sum[MR][ALL];
 #pragma GCC unroll 4
     for (int v = 0; v < ALL; ++v)
@@ -248,9 +265,8 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
           if (u % 2 == 0) step_pair(k, u, false);
         }
         if constexpr (Rows::FETCHES) {
-#pragma GCC unroll 4
-          for (int line = 0; line < AHEAD_LINES; ++line) __builtin_prefetch(ahead + line * 16, 0, 2);
-          ahead += ahead_step;
+          for (int64_t i = 0; i < ahead_floats; i += 16) __builtin_prefetch(ahead + i, 0, 2);
+          ahead += ahead_floats;
         }
         advance(UNROLL);
       }
