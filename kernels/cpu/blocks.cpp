@@ -242,8 +242,9 @@ struct FireStrip {
       }
       std::memset(row, 0, squeeze * sizeof(float));
       std::memset(row + (op.width + 1) * squeeze, 0, (width - op.width - 1) * squeeze * sizeof(float));
-      k.pointwise(product(op.squeeze, x + h * op.width * op.x_strides.pixel, op.x_strides, row + squeeze, squeeze), {0, op.width},
-                  {0, panels_for(squeeze)});
+      Pointwise call = product(op.squeeze, x + h * op.width * op.x_strides.pixel, op.x_strides, row + squeeze, squeeze);
+      if (i + 1 < part.end && h + 1 < op.height) call.more_pixels = op.width;
+      k.pointwise(call, {0, op.width}, {0, panels_for(squeeze)});
     }
   }
 
@@ -259,25 +260,40 @@ struct FireStrip {
   // Both expands of rows whose buffer begins a row before them.
   void expand(const float* buffer, Range rows, float* out) const {
     expand1x1(buffer, rows, {0, panels_for(op.expand1x1.out_channels)}, out);
-    expand3x3(buffer, rows.size(), {0, panels_for(op.expand3x3_channels)}, slice3x3(out) + rows.begin * op.width * op.out_strides.pixel);
+    expand3x3(buffer, rows.size(), slice3x3(out) + rows.begin * op.width * op.out_strides.pixel);
+  }
+
+  int64_t tiles_w() const { return ceil_div(op.width, 4); }
+  int64_t tiles() const { return ceil_div(op.height, 4) * tiles_w(); }
+
+  // The whole image's, its tiles split among the threads: of 49, two threads have 24 and 25, where 7 rows of them are 3 and 4.
+  void expand_by_tiles(const float* buffer, float* out, const Parallel& parallel) const {
+    const int64_t number = parallel.number_for(ceil_div(tiles(), kernels().tile_pixels), 1);
+    parallel.pieces(number, number, [&](Range piece, int64_t) {
+      const auto part = [&](int64_t all) { return Range{piece.begin * all / number, piece.end * all / number}; };
+      const Range rows = part(op.height);
+      expand1x1(buffer + rows.begin * row_floats(), rows, {0, panels_for(op.expand1x1.out_channels)}, out);
+      expand_tiles(buffer, op.height, part(tiles()), slice3x3(out));
+    });
   }
 
   // The whole image's, its panels split among the threads: tiles are transformed once.
   void expand_by_panels(const float* buffer, float* out, const Parallel& parallel) const {
     const Kernels& k = kernels();
     const int64_t panels1x1 = panels_for(op.expand1x1.out_channels), panels3x3 = panels_for(op.expand3x3_channels);
-    const int64_t tile_rows = ceil_div(op.height, 4);
+    const int64_t tile_rows = ceil_div(op.height, 4), tiles_w = this->tiles_w();
     const PaddedConv conv = direct(buffer, op.height, slice3x3(out)), tiled = this->tiled(buffer, op.height, slice3x3(out));
-    std::vector<char> tiles(tile_rows, 0);  // which rows of tiles go through Winograd
+    std::vector<char> transforms(tile_rows, 0);  // which rows of tiles go through Winograd
     float* transformed = nullptr;
     if (winograd) {
       transformed = step_scratch[0].floats(k.winograd_transformed(tiled));
       parallel.split(tile_rows, 1, 1, [&](Range range) {
         for (int64_t t = range.begin; t < range.end; ++t)
-          if ((tiles[t] = moderate(buffer, {t, t + 1}))) k.winograd_transform(tiled, {t, t + 1}, transformed);
+          if ((transforms[t] = moderate(buffer, {t, t + 1})))
+            k.winograd_transform(tiled, {t * tiles_w, (t + 1) * tiles_w}, transformed);
       });
     }
-    const bool all = winograd && std::all_of(tiles.begin(), tiles.end(), [](char tile) { return tile; });
+    const bool all = winograd && std::all_of(transforms.begin(), transforms.end(), [](char row) { return row; });
     // Pieces of two panels of one expand and as large a part of the other's.
     const int64_t pairs = ceil_div(std::max(panels1x1, panels3x3), 2);
     parallel.split(pairs, 1, 1, [&](Range range) {
@@ -286,10 +302,10 @@ struct FireStrip {
       expand1x1(buffer, {0, op.height}, part(panels1x1), out);
       if (!winograd) return k.padded_conv(conv, {0, op.height}, three);
       float* sums = tile_scratch.floats(k.winograd_sums);
-      if (all) return k.winograd_multiply(tiled, {0, tile_rows}, three, transformed, sums);
+      if (all) return k.winograd_multiply(tiled, {0, tiles()}, three, transformed, sums);
       for (int64_t t = 0; t < tile_rows; ++t)
-        if (tiles[t])
-          k.winograd_multiply(tiled, {t, t + 1}, three, transformed, sums);
+        if (transforms[t])
+          k.winograd_multiply(tiled, {t * tiles_w, (t + 1) * tiles_w}, three, transformed, sums);
         else
           k.padded_conv(conv, {t * 4, std::min(t * 4 + 4, op.height)}, three);
     });
@@ -321,18 +337,26 @@ struct FireStrip {
     return kernels().all_moderate(buffer + tile_rows.begin * 4 * row_floats(), (tile_rows.size() * 4 + 2) * row_floats());
   }
 
-  void expand3x3(const float* buffer, int64_t rows, Range panels, float* out) const {
+  // `rows` rows of output.
+  void expand3x3(const float* buffer, int64_t rows, float* out) const {
+    if (winograd) return expand_tiles(buffer, rows, {0, ceil_div(rows, 4) * tiles_w()}, out);
+    kernels().padded_conv(direct(buffer, rows, out), {0, rows}, {0, panels_for(op.expand3x3_channels)});
+  }
+
+  // Tiles of so many rows of output. A row of tiles that goes directly is whole: it belongs to who has its first tile.
+  void expand_tiles(const float* buffer, int64_t rows, Range tiles, float* out) const {
     const Kernels& k = kernels();
     const PaddedConv conv = direct(buffer, rows, out), tiled = this->tiled(buffer, rows, out);
-    if (!winograd) return k.padded_conv(conv, {0, rows}, panels);
-    const int64_t tile_rows = ceil_div(rows, 4);
-    float* scratch = tile_scratch.floats(k.winograd_scratch(tiled, tile_rows));
-    if (moderate(buffer, {0, tile_rows})) return k.winograd(tiled, {0, tile_rows}, panels, scratch);
-    for (int64_t t = 0; t < tile_rows; ++t)
+    const Range panels{0, panels_for(op.expand3x3_channels)}, tile_rows{tiles.begin / tiles_w(), ceil_div(tiles.end, tiles_w())};
+    float* scratch = tile_scratch.floats(k.winograd_scratch(tiled, tiles.size()));
+    if (moderate(buffer, tile_rows)) return k.winograd(tiled, tiles, panels, scratch);
+    for (int64_t t = tile_rows.begin; t < tile_rows.end; ++t) {
+      const Range part{std::max(t * tiles_w(), tiles.begin), std::min((t + 1) * tiles_w(), tiles.end)};
       if (moderate(buffer, {t, t + 1}))
-        k.winograd(tiled, {t, t + 1}, panels, scratch);
-      else
+        k.winograd(tiled, part, panels, scratch);
+      else if (part.begin == t * tiles_w())
         k.padded_conv(conv, {t * 4, std::min(t * 4 + 4, rows)}, panels);
+    }
   }
 };
 
@@ -343,16 +367,19 @@ void run_fire(const Fire& op, const Parallel& parallel) {
   const int64_t pixels = op.height * op.width, in_floats = pixels * op.x_strides.pixel, out_floats = pixels * op.out_strides.pixel;
   const int64_t units = ceil_div(op.height, strip.unit), threads = parallel.threads();
   if (op.batch < threads) {
-    // The threads share the squeezed image. Panels are split where rows of tiles are too few for even parts.
+    // The threads share the squeezed image. Panels are split where rows, or tiles, are too few for even parts.
     const int64_t rows = strip.buffer_rows(op.height);
     float* buffer = shared_scratch.floats(rows * strip.row_floats());
-    const bool by_panels = units < 4 * threads || strip.out_channels > pixels;
+    const bool few = strip.winograd ? strip.tiles() < 8 * threads : units < 4 * threads;
+    const bool by_panels = few || (!strip.winograd && strip.out_channels > pixels);
     for (int64_t n = 0; n < op.batch; ++n) {
       split(parallel, rows, op.width * op.squeeze.in_channels * strip.squeeze,
             [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
       float* out = op.out + n * out_floats;
       if (by_panels)
         strip.expand_by_panels(buffer, out, parallel);
+      else if (strip.winograd)
+        strip.expand_by_tiles(buffer, out, parallel);
       else
         parallel.split(units, 1, 1, [&](Range range) {
           strip.expand(buffer + range.begin * strip.unit * strip.row_floats(),
@@ -406,6 +433,10 @@ struct Block {
             out,
             out_strides,
             op.out_width * out_strides.pixel};
+  }
+
+  static Fetch gate_weights(const PackedPointwise& weights) {
+    return {weights.panels, weights.panels + panels_for(weights.out_channels) * PANEL * weights.in_channels};
   }
 
   // To pixels of `to`, the first of which is the batch's `first_pixel`.
@@ -535,8 +566,16 @@ struct Block {
         sum_rows(n, part, range);
       });
     };
+    // Piece by piece of the expansion, the weights of the gate, which would wait for memory in its matrix-vector products. A thread has
+    // the same part of both.
+    const int64_t parts = ceil_div(panels_for(channels), 2);
     const auto expand = [&](Range range, Range panels) {
-      k.pointwise(product(op.expand, x, op.x_strides, expanded, expanded_strides), range, panels);
+      Pointwise call = product(op.expand, x, op.x_strides, expanded, expanded_strides);
+      if (gate && by_panels && panels.size() == 2) {
+        call.soon[0] = gate_weights(gate->reduce).part(panels.begin / 2, parts);
+        call.soon[1] = gate_weights(gate->expand).part(panels.begin / 2, parts);
+      }
+      k.pointwise(call, range, panels);
     };
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
     const auto pool = [&](Range range) {

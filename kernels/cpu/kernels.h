@@ -46,6 +46,13 @@ struct Epilogue {
   Activation activation = Activation::none;
 };
 
+// Memory that is read soon, to be fetched into L2 meanwhile.
+struct Fetch {
+  const float *begin = nullptr, *end = nullptr;
+  int64_t size() const { return end - begin; }
+  Fetch part(int64_t i, int64_t of) const { return {begin + size() * i / of, begin + size() * (i + 1) / of}; }
+};
+
 // 1x1 convolution: a matrix product over pixels.
 struct Pointwise {
   const float* x;
@@ -55,6 +62,8 @@ struct Pointwise {
   Epilogue epilogue;
   float* out;
   Strides out_strides;
+  int64_t more_pixels = 0;  // of x, beyond those of the call, that the same thread reads next
+  Fetch soon[2] = {};       // what is read after this product
 };
 
 // Dense KxK convolution of one image, channels innermost. Taps that fall outside the image read `zeros`, so no padded copy is made.
@@ -198,13 +207,14 @@ struct Kernels {
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);
-  // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs.
-  void (*winograd)(const PaddedConv&, Range tile_rows, Range panels, float* scratch);
-  int64_t (*winograd_scratch)(const PaddedConv&, int64_t tile_rows);  // floats
-  // The same in two steps: rows of tiles, transformed once, for any panels. `sums`: winograd_sums floats.
+  // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs. Tiles count through
+  // the image, row by row.
+  void (*winograd)(const PaddedConv&, Range tiles, Range panels, float* scratch);
+  int64_t (*winograd_scratch)(const PaddedConv&, int64_t tiles);  // floats
+  // The same in two steps: tiles, transformed once, for any panels. `sums`: winograd_sums floats.
   int64_t (*winograd_transformed)(const PaddedConv&);  // floats
-  void (*winograd_transform)(const PaddedConv&, Range tile_rows, float* transformed);
-  void (*winograd_multiply)(const PaddedConv&, Range tile_rows, Range panels, float* transformed, float* sums);
+  void (*winograd_transform)(const PaddedConv&, Range tiles, float* transformed);
+  void (*winograd_multiply)(const PaddedConv&, Range tiles, Range panels, float* transformed, float* sums);
   int64_t winograd_sums;
   bool (*all_moderate)(const float* x, int64_t count);  // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);

@@ -17,7 +17,7 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
   for (int64_t m = pixels.begin; m < pixels.end; m += most) {
     const int64_t rows = pixels.end - m < most ? pixels.end - m : most;
     const float* const x = op.x + m * op.x_strides.pixel;
-    const float* const end = op.x + pixels.end * PANEL;
+    const float* const end = op.x + (pixels.end + op.more_pixels) * PANEL;
     const StridedSource source{x, op.x_strides.pixel, 1, K, 0};
     Output to{op.panels, K * PANEL, op.epilogue, op.out + m * op.out_strides.pixel, op.out_strides, 0};
     if (to.epilogue.residual) to.epilogue.residual += m * to.epilogue.residual_strides.pixel;
@@ -27,14 +27,18 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     const bool cold = rows > 4 && (!small || m == pixels.begin);
     const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
       Output at = at_column(to, column, columns);
-      if (NV * W % PANEL == 0 && cold) {
-        constexpr int64_t PANELS = NV * W / PANEL;
-        const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
-        at.ahead = at.panels + PANELS * to.panel_stride;
-        at.ahead_lines = K * (left < PANELS ? left : PANELS);
-        at.ahead_lines_a_step = ceil_div(PANELS * UNROLL, ceil_div(rows, TILE));  // all of them in this pass
-        at.ahead_lines_a_tile = K / UNROLL * at.ahead_lines_a_step;
-      }
+      Ahead ahead;
+      if constexpr (NV > 0 && NV * W % PANEL == 0)
+        if (cold) {
+          constexpr int64_t PANELS = NV * W / PANEL;
+          const int64_t chunks = ceil_div(panels.size(), PANELS), chunk = (column / PANEL - panels.begin) / PANELS,
+                        left = panels_for(op.out_channels) - column / PANEL - PANELS;
+          const float* const next = at.panels + PANELS * to.panel_stride;
+          ahead.ranges[0] = {next, next + (left < PANELS ? left : PANELS) * to.panel_stride};
+          for (int i = 0; i < 2; ++i) ahead.ranges[1 + i] = op.soon[i].part(chunk, chunks);
+          ahead.spread(ceil_div(rows, TILE) * (K / UNROLL));
+          at.ahead = &ahead;
+        }
       if (op.x_strides.innermost())
         cover<NV, PAIR>(rows, at, [&](auto MR, int64_t first) { return Strided<MR>(source, first); });
       else

@@ -147,6 +147,24 @@ struct Stepped {
   FASTCONV_INLINE void advance(int) {}
 };
 
+// What tiles fetch into L2 while they multiply, floats_a_step for every UNROLL of the depth. Weights come from L3 or memory once a call:
+// fetched in time they cost nothing.
+struct Ahead {
+  static constexpr int RANGES = 3;
+  Fetch ranges[RANGES] = {};
+  int64_t floats_a_step = 0;
+  int at = 0;
+  // Spread over so many steps.
+  FASTCONV_INLINE void spread(int64_t steps) {
+    const int64_t floats = ranges[0].size() + ranges[1].size() + ranges[2].size();
+    floats_a_step = steps > 0 ? ceil_div(floats, steps * PANEL) * PANEL : 0;
+  }
+  FASTCONV_INLINE bool more() {
+    while (at < RANGES && ranges[at].begin >= ranges[at].end) ++at;
+    return at < RANGES;
+  }
+};
+
 // Where a run of tiles writes, and the weights it uses: `columns` output channels from column 0 of panels, bias, residual and out.
 struct Output {
   const float* panels;
@@ -155,8 +173,7 @@ struct Output {
   float* out;
   Strides out_strides;
   int64_t columns;
-  const float* ahead = nullptr;  // weights that are needed next, of which ahead_lines cache lines are fetched meanwhile
-  int64_t ahead_lines = 0, ahead_lines_a_tile = 0, ahead_lines_a_step = 0;  // a step is UNROLL of the depth
+  Ahead* ahead = nullptr;
   int64_t panel_step = 0, out_step = 0;  // from tile to tile, where the next is not the pixels below
 };
 
@@ -217,11 +234,10 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 #pragma GCC unroll 4
     for (int v = NV; v < ALL; ++v) bias[v] = load(lanes + (v - NV) * W);
   }
-  // Weights come from L3 or memory once a call: fetched while the tiles before still multiply, they cost nothing.
-  const float* ahead = to.ahead;
-  const float* const ahead_end = ahead + to.ahead_lines * 16;
   for (; count > 0; --count) {
-    const int64_t ahead_floats = ahead < ahead_end ? to.ahead_lines_a_step * 16 : 0;
+    const bool fetches = Rows::FETCHES && to.ahead && to.ahead->more();
+    const float* ahead = fetches ? to.ahead->ranges[to.ahead->at].begin : nullptr;
+    const int64_t ahead_floats = fetches ? to.ahead->floats_a_step : 0;
     vec sum[MR][ALL];
 #pragma GCC unroll 4
     for (int v = 0; v < ALL; ++v)
@@ -265,7 +281,7 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
           if (u % 2 == 0) step_pair(k, u, false);
         }
         if constexpr (Rows::FETCHES) {
-          for (int64_t i = 0; i < ahead_floats; i += 16) __builtin_prefetch(ahead + i, 0, 2);
+          for (int64_t i = 0; i < ahead_floats; i += PANEL) __builtin_prefetch(ahead + i, 0, 2);
           ahead += ahead_floats;
         }
         advance(UNROLL);
@@ -283,6 +299,8 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
         advance(1);
       }
     }
+
+    if (fetches) to.ahead->ranges[to.ahead->at].begin = ahead;
 
     // From here on a paired panel's sums are plain columns.
     constexpr int PLAIN = NV + (PAIR ? (W == 4 ? 2 : 1) : 0);
@@ -364,11 +382,6 @@ FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
   const auto run = [&](int64_t size, int64_t first, int64_t number) {
     if (number == 0) return;
     Output at = to;
-    if (first > 0) {  // goes on where the tiles before it stopped
-      const int64_t fetched = pieces.longer * to.ahead_lines_a_tile;
-      at.ahead += fetched * 16;
-      at.ahead_lines -= fetched;
-    }
     at.out += first * to.out_strides.pixel;
     if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_strides.pixel;
     with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV, PAIR>(rows_of(MR, first), number, at); });

@@ -250,13 +250,13 @@ void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
   const Kernels& k = kernels();
   // Whole blocks of channels: the kernels that make the buffer write whole vectors.
   const int64_t channels = padded(op.gradient.channels), image_pixels = op.height * op.width;
-  const int64_t tiles = ceil_div(op.height, 4), row_floats = (ceil_div(op.width, 4) * 4 + 2) * channels;
-  const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / 4 / row_floats, 1, tiles);  // rows of tiles at a time
-  const int64_t pieces = ceil_div(tiles, most);
+  const int64_t tiles_h = ceil_div(op.height, 4), row_floats = (ceil_div(op.width, 4) * 4 + 2) * channels;
+  const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / 4 / row_floats, 1, tiles_h);  // rows of tiles at a time
+  const int64_t pieces = ceil_div(tiles_h, most);
   parallel.split(op.batch * pieces, 1, 1, [&](Range range) {
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t n = i / pieces;
-      const Range tile_rows{i % pieces * tiles / pieces, (i % pieces + 1) * tiles / pieces};
+      const Range tile_rows{i % pieces * tiles_h / pieces, (i % pieces + 1) * tiles_h / pieces};
       const Range rows{tile_rows.begin * 4, std::min(tile_rows.end * 4, op.height)};
       const int64_t buffer_rows = tile_rows.size() * 4 + 2;
       float* const buffer = private_scratch.floats(buffer_rows * row_floats);
@@ -276,7 +276,8 @@ void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
         continue;
       }
       conv.panels = op.winograd;
-      k.winograd(conv, {0, tile_rows.size()}, {0, panels_for(op.inputs)}, tile_scratch.floats(k.winograd_scratch(conv, tile_rows.size())));
+      const int64_t tiles = tile_rows.size() * ceil_div(op.width, 4);
+      k.winograd(conv, {0, tiles}, {0, panels_for(op.inputs)}, tile_scratch.floats(k.winograd_scratch(conv, tiles)));
     }
   });
 }

@@ -41,33 +41,33 @@ struct Transformed {
   FASTCONV_INLINE int64_t floats() const { return 36 * plane; }
 };
 
-// Rows of tiles, to places from `first` on.
-inline void transform_tiles(const PaddedConv& op, Range tile_rows, int64_t tiles_w, const Transformed& to, int64_t first) {
-  for (int64_t row = tile_rows.begin; row < tile_rows.end; ++row)
-    for (int64_t t = 0; t < tiles_w; ++t, ++first) {
-      const float* x = op.x + row * 4 * op.x_row_stride + t * 4 * op.x_stride;
-      for (int64_t c = 0; c < op.in_channels; c += W) {
-        const int64_t left = op.in_channels - c;
-        float* out = to.data + c / PANEL * to.block + c % PANEL + first * PANEL;
-        vec rows[6][6];  // B^T d
+// To places from `first` on. Tiles count through the image, row by row.
+inline void transform_tiles(const PaddedConv& op, Range tiles, const Transformed& to, int64_t first) {
+  const int64_t tiles_w = ceil_div(op.out_width, 4);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first) {
+    const float* x = op.x + tile / tiles_w * 4 * op.x_row_stride + tile % tiles_w * 4 * op.x_stride;
+    for (int64_t c = 0; c < op.in_channels; c += W) {
+      const int64_t left = op.in_channels - c;
+      float* out = to.data + c / PANEL * to.block + c % PANEL + first * PANEL;
+      vec rows[6][6];  // B^T d
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) {
-          vec column[6], to[6];
+      for (int j = 0; j < 6; ++j) {
+        vec column[6], to[6];
 #pragma GCC unroll 6
-          for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * op.x_row_stride + j * op.x_stride + c, left);
-          input_transform(column, to);
+        for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * op.x_row_stride + j * op.x_stride + c, left);
+        input_transform(column, to);
 #pragma GCC unroll 6
-          for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
-        }
+        for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
+      }
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) {
-          vec line[6];
-          input_transform(rows[i], line);
+      for (int i = 0; i < 6; ++i) {
+        vec line[6];
+        input_transform(rows[i], line);
 #pragma GCC unroll 6
-          for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * to.plane, line[j], left);
-        }
+        for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * to.plane, line[j], left);
       }
     }
+  }
 }
 
 // Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written.
@@ -101,13 +101,13 @@ constexpr int64_t WINOGRAD_SUMS = 36 * WINOGRAD_TILES * WINOGRAD_NV * W;
 constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
 
 // The 36 products of a range of tiles, which stand in `from` from place `first` on, and their outputs.
-inline void winograd_products(const PaddedConv& op, Range tiles_range, Range panels, const Transformed& from, int64_t first, float* sums) {
+inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, const Transformed& from, int64_t first, float* sums) {
   constexpr int NV = WINOGRAD_NV;
   constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
   const int64_t tiles_w = ceil_div(op.out_width, 4), K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
   const Clamp clamp(op.epilogue.activation);
   const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
-  const Pieces pieces(tiles_range.size(), WINOGRAD_TILES);
+  const Pieces pieces(tiles.size(), WINOGRAD_TILES);
   for (int64_t column = panels.begin * PANEL; column < end; column += NV * W) {
     const int64_t columns = end - column < NV * W ? end - column : NV * W;
     int64_t done = 0;
@@ -126,12 +126,12 @@ inline void winograd_products(const PaddedConv& op, Range tiles_range, Range pan
         for (int64_t row = 0; row < count; row += MOST) {
           const float* x = from.data + (first + done + row) * PANEL;
           with_constant<MOST>(count - row < MOST ? count - row : MOST,
-                              [&](auto MR) { tiles<MR, VECTORS, false>(Planes<MR>(x, from.block, K, from.plane), 36, to); });
+                              [&](auto MR) { FASTCONV_ISA::tiles<MR, VECTORS, false>(Planes<MR>(x, from.block, K, from.plane), 36, to); });
           to.out += MOST * sums_stride;
         }
       });
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t tile = tiles_range.begin + done + t, oh = tile / tiles_w * 4, ow = tile % tiles_w * 4;
+        const int64_t tile = tiles.begin + done + t, oh = tile / tiles_w * 4, ow = tile % tiles_w * 4;
         for (int64_t c = 0; c < columns; c += W)
           finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
                       op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
@@ -142,43 +142,38 @@ inline void winograd_products(const PaddedConv& op, Range tiles_range, Range pan
   }
 }
 
-FASTCONV_INLINE int64_t winograd_rows_at_once(const PaddedConv& op) {
-  const int64_t row = 36 * ceil_div(op.out_width, 4) * op.in_channels;
-  return row > WINOGRAD_INPUT_FLOATS ? 1 : WINOGRAD_INPUT_FLOATS / row;
+// Tiles transformed at a time.
+FASTCONV_INLINE int64_t winograd_at_once(const PaddedConv& op, int64_t tiles) {
+  const int64_t most = WINOGRAD_INPUT_FLOATS / (36 * op.in_channels);
+  return tiles < most ? tiles : most > 1 ? most : 1;
 }
 
-// Rows of tiles [tile_rows.begin, tile_rows.end): output rows from 4 * tile_rows.begin, those beyond op.out_height left out. op.panels are
-// pack_winograd's. Scratch: winograd_scratch floats.
-inline void winograd(const PaddedConv& op, Range tile_rows, Range panels, float* scratch) {
-  const int64_t tiles_w = ceil_div(op.out_width, 4), at_once = winograd_rows_at_once(op);
-  float* const sums = scratch;
-  const Transformed transformed(scratch + WINOGRAD_SUMS, (tile_rows.size() < at_once ? tile_rows.size() : at_once) * tiles_w,
-                                op.in_channels);
-  for (int64_t row = tile_rows.begin; row < tile_rows.end; row += at_once) {
-    const Range rows{row, tile_rows.end - row < at_once ? tile_rows.end : row + at_once};
-    transform_tiles(op, rows, tiles_w, transformed, 0);
-    winograd_products(op, {rows.begin * tiles_w, rows.end * tiles_w}, panels, transformed, 0, sums);
+// Tiles [tiles.begin, tiles.end); outputs beyond the image are left out. op.panels are pack_winograd's. Scratch: winograd_scratch floats.
+inline void winograd(const PaddedConv& op, Range tiles, Range panels, float* scratch) {
+  const int64_t at_once = winograd_at_once(op, tiles.size());
+  const Transformed transformed(scratch + WINOGRAD_SUMS, at_once, op.in_channels);
+  for (int64_t first = tiles.begin; first < tiles.end; first += at_once) {
+    const Range some{first, tiles.end - first < at_once ? tiles.end : first + at_once};
+    transform_tiles(op, some, transformed, 0);
+    winograd_products(op, some, panels, transformed, 0, scratch);
   }
 }
 
-inline int64_t winograd_scratch(const PaddedConv& op, int64_t tile_rows) {
-  const int64_t at_once = winograd_rows_at_once(op), rows = tile_rows < at_once ? tile_rows : at_once;
-  return WINOGRAD_SUMS + Transformed(nullptr, rows * ceil_div(op.out_width, 4), op.in_channels).floats();
+inline int64_t winograd_scratch(const PaddedConv& op, int64_t tiles) {
+  return WINOGRAD_SUMS + Transformed(nullptr, winograd_at_once(op, tiles), op.in_channels).floats();
 }
 
-// The same in two steps, for threads that share the transformed inputs of a whole image: rows of tiles to `transformed`, of
-// winograd_transformed floats; then panels of all tiles' outputs, with a scratch of its own of WINOGRAD_SUMS floats.
+// The same in two steps, for threads that share the transformed inputs of a whole image: tiles to `transformed`, of winograd_transformed
+// floats; then panels of any tiles' outputs, with a scratch of its own of WINOGRAD_SUMS floats.
 FASTCONV_INLINE Transformed whole_image(const PaddedConv& op, float* data) {
   return {data, ceil_div(op.out_height, 4) * ceil_div(op.out_width, 4), op.in_channels};
 }
 inline int64_t winograd_transformed(const PaddedConv& op) { return whole_image(op, nullptr).floats(); }
-inline void winograd_transform(const PaddedConv& op, Range tile_rows, float* transformed) {
-  const int64_t tiles_w = ceil_div(op.out_width, 4);
-  transform_tiles(op, tile_rows, tiles_w, whole_image(op, transformed), tile_rows.begin * tiles_w);
+inline void winograd_transform(const PaddedConv& op, Range tiles, float* transformed) {
+  transform_tiles(op, tiles, whole_image(op, transformed), tiles.begin);
 }
-inline void winograd_multiply(const PaddedConv& op, Range tile_rows, Range panels, float* transformed, float* sums) {
-  const int64_t tiles_w = ceil_div(op.out_width, 4), first = tile_rows.begin * tiles_w;
-  winograd_products(op, {first, tile_rows.end * tiles_w}, panels, whole_image(op, transformed), first, sums);
+inline void winograd_multiply(const PaddedConv& op, Range tiles, Range panels, float* transformed, float* sums) {
+  winograd_products(op, tiles, panels, whole_image(op, transformed), tiles.begin, sums);
 }
 
 // Whether every number of a block is finite and far enough from overflow for the transforms.
