@@ -1,5 +1,7 @@
 #include "kernels/cpu/blocks.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -13,13 +15,27 @@ namespace {
 
 // Below this many multiply-adds (half a microsecond) a loop's opening and closing costs more than it saves, and so do smaller pieces.
 constexpr int64_t SERIAL_WORK = 64 * 1024;
+// What a float of L3, or of another thread's cache, costs in multiply-adds: matrix-vector products and pools wait for them.
+constexpr int64_t FLOAT_WORK = 8;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
+// Of this machine; a MiB where it is not told.
+int64_t l2_floats() {
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return (bytes > 0 ? bytes : 1024 * 1024) / static_cast<int64_t>(sizeof(float));
+}
 
 // Pieces of `count` things whose work is `each` multiply-adds: f(range).
 template <class F>
 void split(const Parallel& parallel, int64_t count, int64_t each, const F& f) {
   parallel.split(count, ceil_div(SERIAL_WORK, std::max<int64_t>(each, 1)), 1, f);
+}
+
+// Pieces of two panels or one, as many panels a thread as can be: f(panels).
+template <class F>
+void split_panels(const Parallel& parallel, int64_t channels, const F& f) {
+  const int64_t panels = panels_for(channels), threads = parallel.threads();
+  parallel.pieces(panels, std::min(panels, ceil_div(ceil_div(panels, 2), threads) * threads), [&](Range range, int64_t) { f(range); });
 }
 
 // Whether threads split the channels rather than the pixels: the inputs of the other thread's pixels come from its cache, dirty, which
@@ -31,7 +47,7 @@ bool by_channels(int64_t pixels, int64_t channels) { return channels > 4 * pixel
 // the other side is split as well.
 template <class F>
 void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int64_t out_channels, const F& f) {
-  const int64_t panels = panels_for(out_channels), work = pixels * depth * out_channels;
+  const int64_t panels = panels_for(out_channels), work = std::max(pixels, FLOAT_WORK) * depth * out_channels;
   if (!parallel.team || work < SERIAL_WORK) return f(Range{0, pixels}, Range{0, panels});
   const int64_t tile = kernels().tile_pixels, group = pixels <= 4 ? 4 : 2;  // panels at a time: pointwise.h
   const int64_t tiles = ceil_div(pixels, tile), groups = ceil_div(panels, group);
@@ -197,7 +213,7 @@ void average(const float* x, Strides strides, int64_t pixels, int64_t count, int
 void run_global_avg_pool(const float* x, Strides x_strides, int64_t batch, int64_t pixels, int64_t channels, float* out,
                          Strides out_strides, const Parallel& parallel) {
   const int64_t blocks = panels_for(channels);
-  split(parallel, batch * blocks, pixels * PANEL, [&](Range tasks) {
+  split(parallel, batch * blocks, pixels * PANEL * FLOAT_WORK, [&](Range tasks) {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t n = task / blocks, c = task % blocks * PANEL;
       average(x + x_strides.at(n * pixels, c), x_strides, pixels, pixels, std::min(PANEL, channels - c), out + out_strides.at(n, c));
@@ -435,8 +451,27 @@ struct Block {
             op.out_width * out_strides.pixel};
   }
 
-  static Fetch gate_weights(const PackedPointwise& weights) {
-    return {weights.panels, weights.panels + panels_for(weights.out_channels) * PANEL * weights.in_channels};
+  // The rows that neighbouring output rows read as well: another thread may have made them, and one by one its lines are slow to come
+  // (14x14x384: 16 of 61 us).
+  void fetch_halo(const float* x, Strides strides, Range rows, int64_t all) const {
+    const auto fetch = [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < panels_for(op.channels); ++block)
+        for (int64_t pixel = std::max<int64_t>(begin, 0) * op.width; pixel < std::min(end, op.height) * op.width; ++pixel)
+          __builtin_prefetch(x + strides.at(pixel, block * PANEL), 0, 2);
+    };
+    const int64_t halo = op.kernel - op.stride_h, first = rows.begin * op.stride_h - op.pad_h;
+    if (rows.begin > 0) fetch(first, first + halo);
+    if (rows.end < all) fetch(rows.end * op.stride_h - op.pad_h, rows.end * op.stride_h - op.pad_h + halo);
+  }
+
+  // As much of the share of these panels as L2 holds beside the rest.
+  void gate_weights(int64_t threads, Range panels, Fetch (&soon)[2]) const {
+    int64_t room = l2_floats() / 2 * threads;
+    Fetch* fetch = soon;
+    for (const PackedPointwise& weights : {op.squeeze_excite.reduce, op.squeeze_excite.expand}) {
+      const int64_t floats = weights.in_channels * panels_for(weights.out_channels) * PANEL;
+      if ((room -= floats) >= 0) *fetch++ = Fetch{weights.panels, weights.panels + floats}.part(panels, panels_for(op.channels));
+    }
   }
 
   // To pixels of `to`, the first of which is the batch's `first_pixel`.
@@ -561,20 +596,17 @@ struct Block {
       for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
         const Strides from = op.expands() ? expanded_strides : op.x_strides;
         const float* source = (op.expands() ? expanded : x) + n * in_pixels * from.pixel;
+        if (threads > 1 && !by_panels) fetch_halo(source, from, part, op.out_height);
         float* out = middle_of(n, 0) + part.begin * op.out_width * middle_strides.pixel;
         k.depthwise(depthwise(source, from, op.height, out, middle_strides), part, range);
         sum_rows(n, part, range);
       });
     };
-    // Piece by piece of the expansion, the weights of the gate, which would wait for memory in its matrix-vector products. A thread has
-    // the same part of both.
-    const int64_t parts = ceil_div(panels_for(channels), 2);
+    // While the expansion multiplies, the gate's weights come, for whose matrix-vector products a thread would wait. It has the same share
+    // of the panels of both.
     const auto expand = [&](Range range, Range panels) {
       Pointwise call = product(op.expand, x, op.x_strides, expanded, expanded_strides);
-      if (gate && by_panels && panels.size() == 2) {
-        call.soon[0] = gate_weights(gate->reduce).part(panels.begin / 2, parts);
-        call.soon[1] = gate_weights(gate->expand).part(panels.begin / 2, parts);
-      }
+      if (by_panels && gate) gate_weights(threads, panels, call.soon);
       k.pointwise(call, range, panels);
     };
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
@@ -601,7 +633,7 @@ struct Block {
 
     const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
     if (by_panels) {
-      parallel.split(panels_for(channels), 2, 2, [&](Range panels) {  // channels never meet before the projection: no barrier between
+      split_panels(parallel, channels, [&](Range panels) {  // channels never meet before the projection: no barrier between
         if (op.expands()) expand({0, pixels}, panels);
         run_depthwise(all_rows, channels_of(panels));
         if (gate) pool(channels_of(panels));
@@ -630,7 +662,7 @@ struct Block {
       if (by_rows)
         run_pointwise(scaling, count, parallel);
       else
-        parallel.split(panels_for(channels), 2, 2, [&](Range panels) {
+        split_panels(parallel, channels, [&](Range panels) {
           k.pointwise(scaling, {0, count}, panels);
           for (int64_t n = 0; n < count; ++n) scale(n, {0, op.out_height}, channels_of(panels));
         });

@@ -49,8 +49,8 @@ struct Epilogue {
 // Memory that is read soon, to be fetched into L2 meanwhile.
 struct Fetch {
   const float *begin = nullptr, *end = nullptr;
-  int64_t size() const { return end - begin; }
-  Fetch part(int64_t i, int64_t of) const { return {begin + size() * i / of, begin + size() * (i + 1) / of}; }
+  FASTCONV_SHARED int64_t size() const { return end - begin; }
+  FASTCONV_SHARED Fetch part(Range r, int64_t of) const { return {begin + size() * r.begin / of, begin + size() * r.end / of}; }
 };
 
 // 1x1 convolution: a matrix product over pixels.

@@ -31,11 +31,11 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
       if constexpr (NV > 0 && NV * W % PANEL == 0)
         if (cold) {
           constexpr int64_t PANELS = NV * W / PANEL;
-          const int64_t chunks = ceil_div(panels.size(), PANELS), chunk = (column / PANEL - panels.begin) / PANELS,
-                        left = panels_for(op.out_channels) - column / PANEL - PANELS;
+          const int64_t done = column / PANEL - panels.begin, size = panels.size() - done < PANELS ? panels.size() - done : PANELS;
+          const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
           const float* const next = at.panels + PANELS * to.panel_stride;
           ahead.ranges[0] = {next, next + (left < PANELS ? left : PANELS) * to.panel_stride};
-          for (int i = 0; i < 2; ++i) ahead.ranges[1 + i] = op.soon[i].part(chunk, chunks);
+          for (int i = 0; i < 2; ++i) ahead.ranges[1 + i] = op.soon[i].part({done, done + size}, panels.size());
           ahead.spread(ceil_div(rows, TILE) * (K / UNROLL));
           at.ahead = &ahead;
         }
