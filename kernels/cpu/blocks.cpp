@@ -464,13 +464,14 @@ struct Block {
     if (rows.end < all) fetch(rows.end * op.stride_h - op.pad_h, rows.end * op.stride_h - op.pad_h + halo);
   }
 
-  // As much of the share of these panels as L2 holds beside the rest.
+  // The share of these panels, if half of L2 holds a thread's.
   void gate_weights(int64_t threads, Range panels, Fetch (&soon)[2]) const {
+    const PackedPointwise* const both[2] = {&op.squeeze_excite.reduce, &op.squeeze_excite.expand};
     int64_t room = l2_floats() / 2 * threads;
-    Fetch* fetch = soon;
-    for (const PackedPointwise& weights : {op.squeeze_excite.reduce, op.squeeze_excite.expand}) {
-      const int64_t floats = weights.in_channels * panels_for(weights.out_channels) * PANEL;
-      if ((room -= floats) >= 0) *fetch++ = Fetch{weights.panels, weights.panels + floats}.part(panels, panels_for(op.channels));
+    for (int i = 0; i < 2; ++i) {
+      const int64_t floats = both[i]->in_channels * panels_for(both[i]->out_channels) * PANEL;
+      if ((room -= floats) < 0) return;
+      soon[i] = Fetch{both[i]->panels, both[i]->panels + floats}.part(panels, panels_for(op.channels));
     }
   }
 
@@ -672,8 +673,7 @@ struct Block {
         if (gate) for_each_image(rows, op.out_height, [&](int64_t n, Range part) { scale(n, part, {0, channels}); });
         project_rows(rows);
       });
-    split_product(parallel, count * out_pixels, channels, op.project.out_channels,
-                  [&](Range range, Range panels) { k.pointwise(last, range, panels); });
+    run_pointwise(last, count * out_pixels, parallel);
   }
 
   // Whole images by one thread: depth first while the weights fit L2, else as many images at a time as do.
