@@ -305,8 +305,7 @@ struct FireStrip {
       transformed = step_scratch[0].floats(k.winograd_transformed(tiled));
       parallel.split(tile_rows, 1, 1, [&](Range range) {
         for (int64_t t = range.begin; t < range.end; ++t)
-          if ((transforms[t] = moderate(buffer, {t, t + 1})))
-            k.winograd_transform(tiled, {t * tiles_w, (t + 1) * tiles_w}, transformed);
+          if ((transforms[t] = moderate(buffer, {t, t + 1}))) k.winograd_transform(tiled, {t * tiles_w, (t + 1) * tiles_w}, transformed);
       });
     }
     const bool all = winograd && std::all_of(transforms.begin(), transforms.end(), [](char row) { return row; });
@@ -517,28 +516,36 @@ struct Block {
     float* const ring = scratch.floats(ring_floats + strip_floats + input_floats);
     float* const strip = ring + ring_floats;
     float* const input = strip + strip_floats;
-    const auto make = [&](Range made, int64_t slot) {
-      float* const row = ring + slot * row_floats;
-      if (!op.expands()) return op.source->rows(n, made, row, ring_strides, worker);
-      const float* from = buffered ? input : image(n) + made.begin * op.width * op.x_strides.pixel;
-      if (buffered) op.source->rows(n, made, input, ring_strides, worker);
-      k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, row, ring_strides), {0, made.size() * op.width},
-                  {0, panels_for(op.channels)});
-    };
+    // Two panels are expanded and go on to the depthwise convolution while they are in L1 (MobileNet V2 at 112x112: 4% of the time to 24
+    // channels at 56x56).
+    const int64_t all_panels = panels_for(op.channels), group = op.expands() ? 2 : all_panels;
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
       const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
+      Range made[2];  // new rows, in runs that are contiguous in the ring
+      int64_t runs = 0;
       if (ringed) {
         at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
-        at.fill(std::min(ceil_div(last, 2) * 2, op.height), slots, make);
+        at.fill(std::min(ceil_div(last, 2) * 2, op.height), slots, [&](Range run, int64_t slot) {
+          if (op.source) op.source->rows(n, run, (buffered ? input : ring) + slot * row_floats, ring_strides, worker);
+          if (op.expands()) made[runs++] = run;
+        });
       }
       float* const out = middle ? middle + oh * op.out_width * middle_strides.pixel : strip;
       const Strides out_strides = middle ? middle_strides : strip_strides;
-      if (ringed)
-        k.depthwise(depthwise(ring, ring_strides, slots, out, out_strides), {oh, end}, {0, op.channels});
-      else
-        k.depthwise(depthwise(image(n), op.x_strides, op.height, out, out_strides), {oh, end}, {0, op.channels});
+      for (int64_t panel = 0; panel < all_panels; panel += group) {
+        const Range panels{panel, std::min(panel + group, all_panels)};
+        for (const Range* run = made; run < made + runs; ++run) {
+          const int64_t row = run->begin % slots * row_floats;
+          const float* from = buffered ? input + row : image(n) + run->begin * op.width * op.x_strides.pixel;
+          k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, ring + row, ring_strides),
+                      {0, run->size() * op.width}, panels);
+        }
+        const Depthwise call = ringed ? depthwise(ring, ring_strides, slots, out, out_strides)
+                                      : depthwise(image(n), op.x_strides, op.height, out, out_strides);
+        k.depthwise(call, {oh, end}, {panels.begin * PANEL, std::min(panels.end * PANEL, op.channels)});
+      }
       if (!to) continue;
       float* const first_out = to + (oh - rows.begin) * op.out_width * to_strides.pixel;
       const Range panels{0, panels_for(op.project.out_channels)};

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -57,6 +58,13 @@ FASTCONV_INLINE vec fold_pairs(vec a, vec b) {
 #else
   return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
 #endif
+}
+
+// Lanes C, C + 3, C + 6, ... of three vectors in a row.
+template <int C, int... LANE>
+FASTCONV_INLINE vec every_third(vec a, vec b, vec c, std::integer_sequence<int, LANE...>) {
+  const vec of_two = __builtin_shufflevector(a, b, (3 * LANE + C < 2 * W ? 3 * LANE + C : 0)...);
+  return __builtin_shufflevector(of_two, c, (3 * LANE + C < 2 * W ? LANE : 3 * LANE + C - W)...);
 }
 
 // The first n lanes of a vector, 0 < n <= W; nothing beyond them is read or written.

@@ -8,26 +8,46 @@
 
 namespace fastconv::FASTCONV_ISA {
 
+// `count` RGB pixels, channels innermost, to three rows `width` apart. One float at a time this took as long as the stem of MobileNet V3
+// small itself.
+FASTCONV_INLINE void part_rgb(const float* pixels, int64_t count, float* rows, int64_t width) {
+  constexpr std::make_integer_sequence<int, W> lanes;
+  int64_t j = 0;
+  for (; j + W <= count; j += W) {
+    const float* p = pixels + 3 * j;
+    const vec a = load(p), b = load(p + W), c = load(p + 2 * W);
+    store(rows + j, every_third<0>(a, b, c, lanes));
+    store(rows + width + j, every_third<1>(a, b, c, lanes));
+    store(rows + 2 * width + j, every_third<2>(a, b, c, lanes));
+  }
+  for (; j < count; ++j)
+    for (int64_t c = 0; c < 3; ++c) rows[c * width + j] = pixels[3 * j + c];
+}
+
 inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
-  const int64_t width = op.buffer_width();
+  const int64_t width = op.buffer_width(), C = op.in_channels;
+  // Buffer column j is input column j - pad_w.
+  const int64_t first = op.pad_w < width ? op.pad_w : width, end = op.width + op.pad_w < width ? op.width + op.pad_w : width;
+  const int64_t last = end > first ? end : first;
   for (int64_t kh = 0; kh < op.kernel_h; ++kh) {
     const int64_t ih = oh * op.stride_h - op.pad_h + kh;
-    for (int64_t c = 0; c < op.in_channels; ++c) {
-      float* row = buffer + (kh * op.in_channels + c) * width;
-      if (ih < 0 || ih >= op.height) {
-        std::memset(row, 0, width * sizeof(float));
-        continue;
-      }
-      const float* source = op.x + ih * op.row_stride + c * op.channel_stride;
-      // Buffer column j is input column j - pad_w.
-      const int64_t first = op.pad_w < width ? op.pad_w : width;
-      const int64_t last = op.width + op.pad_w < width ? op.width + op.pad_w : width;
+    float* const rows = buffer + kh * C * width;
+    if (ih < 0 || ih >= op.height) {
+      std::memset(rows, 0, C * width * sizeof(float));
+      continue;
+    }
+    const float* const source = op.x + ih * op.row_stride;
+    const bool rgb = C == 3 && op.pixel_stride == 3 && op.channel_stride == 1;
+    if (rgb) part_rgb(source, last - first, rows + first, width);
+    for (int64_t c = 0; c < C; ++c) {
+      float* const row = rows + c * width;
+      const float* const from = source + c * op.channel_stride;
       for (int64_t j = 0; j < first; ++j) row[j] = 0.0f;
-      if (op.pixel_stride == 1 && last > first)
-        std::memcpy(row + first, source, (last - first) * sizeof(float));
-      else
-        for (int64_t j = first; j < last; ++j) row[j] = source[(j - op.pad_w) * op.pixel_stride];
-      for (int64_t j = last > first ? last : first; j < width; ++j) row[j] = 0.0f;
+      if (op.pixel_stride == 1)
+        std::memcpy(row + first, from, (last - first) * sizeof(float));
+      else if (!rgb)
+        for (int64_t j = first; j < last; ++j) row[j] = from[(j - first) * op.pixel_stride];
+      for (int64_t j = last; j < width; ++j) row[j] = 0.0f;
     }
   }
 }
