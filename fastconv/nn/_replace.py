@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
 from fastconv.nn._conv import KernelConv2d
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.depthwise import DepthwiseConv2d
@@ -22,7 +23,7 @@ from fastconv.optimize.trace import Untraceable, hooked, trace
 M = TypeVar("M", bound=nn.Module)
 Kinds = tuple[type[nn.Module], ...]
 
-_BLOCKS: Kinds = (Fire, InvertedResidual, DepthwiseSeparable)
+_BLOCKS: Kinds = (Fire, InvertedResidual, InvertedResidualV3, DepthwiseSeparable)
 _ROWS: Kinds = (Conv2dNormActivation,)
 _KINDS: Kinds = (*_BLOCKS, *_ROWS, DepthwiseConv2d, PointwiseConv2d)
 
@@ -32,7 +33,7 @@ def replace(model: M) -> M:
 
     A module becomes its twin by changing its class, as PyTorch's fully_shard does: the module, its submodules, Parameters, buffers, modes,
     hooks and state_dict keys stay the very same objects and names, so optimizers, wrappers and checkpoints made before keep working.
-    Outermost first: Fire, InvertedResidual (MobileNet V2) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own class of
+    Outermost first: Fire, InvertedResidual (MobileNet V2 and V3) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own class of
     the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and activation;
     then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
 
