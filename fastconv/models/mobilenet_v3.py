@@ -105,6 +105,8 @@ class InvertedResidual(Planned):
         """Makes `module` itself one of these, or raises TypeError or ValueError and leaves it as it was."""
         chain = member("InvertedResidual", module, "block", nn.Sequential)
         member("InvertedResidual", module, "use_res_connect", bool)
+        if len(module._modules) > 1:
+            raise ValueError(f"InvertedResidual: its only child must be block, got {', '.join(module._modules)}")
         convs = [part[0] for part in chain if isinstance(part, nn.Sequential) and len(part)]
         if not (convs and all(isinstance(conv, nn.Conv2d) for conv in convs) and is_pointwise(convs[-1]) and any(map(is_depthwise, convs))):
             raise ValueError("InvertedResidual: block must hold rows of convolution, norm and activation, a depthwise one and a projection")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeVar
 
 import torch
@@ -131,7 +132,13 @@ def _computed(module: nn.Module, training: bool) -> list[tuple] | None:
     except (Untraceable, Hazard):
         return None
     number = {node: ("value", i) for i, node in enumerate(graph.nodes)}
-    return [(node.op, _told(node.target), fx.map_arg((node.args, node.kwargs), number.__getitem__)) for node in graph.nodes]
+    steps = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), number.__getitem__)
+        if node.target is operator.add and len(node.all_input_nodes) == 2:  # the same sum, whichever comes first
+            args = tuple(sorted(args))
+        steps.append((node.op, None if node.op == "placeholder" else _told(node.target), args, kwargs))
+    return steps
 
 
 def _told(target: Any) -> Any:

@@ -53,9 +53,6 @@ def register(
     def layout(x):
         return memory_format(x) if like_input else torch.contiguous_format
 
-    def specified(*args):
-        return _gradients.laid_out(specification(**bind(args)), layout(args[0]))
-
     def kernel(*args):
         bound = bind(args)
         output_shape(**bound)
@@ -67,7 +64,7 @@ def register(
         return torch.empty(output_shape(**bind(args)), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
     torch.library.register_fake(f"fastconv::{name}", fake, lib=library)
-    _gradients.register(library, op, parameters, memory_format, specified)
+    _gradients.register(library, op, parameters, memory_format, lambda *args: specification(**bind(args)))
     _vmap.register(library, op, parameters)
     if autocast:
         _register_autocast(op, name, "cpu")
