@@ -34,9 +34,9 @@ def replace(model: M) -> M:
 
     A module becomes its twin by changing its class, as PyTorch's fully_shard does: the module, its submodules, Parameters, buffers, modes,
     hooks and state_dict keys stay the very same objects and names, so optimizers, wrappers and checkpoints made before keep working.
-    Outermost first: Fire, InvertedResidual (MobileNet V2 and V3) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own class of
-    the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and activation;
-    then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
+    Outermost first: Fire, InvertedResidual (MobileNet V2's and V3's) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own
+    class of the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and
+    activation; then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
 
     Left alone: what no twin fits; classes with methods of their own, whose behaviour a twin would drop; modules whose forward was
     replaced; blocks and Sequentials with a hook on a module inside them (their inner layers are then taken one by one, so that the hook

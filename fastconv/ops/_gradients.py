@@ -376,13 +376,16 @@ OTHERS = {
 
 
 def register(
-    library: torch.library.Library, op: torch._ops.OpOverload, parameters: list[str], layout: Callable[[Tensor], torch.memory_format],
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    parameters: list[str],
+    layout: Callable[[Tensor], torch.memory_format],
     specification: Callable[..., Tensor],
 ) -> None:
     """Gives a public operator its gradients, torch.func's too, and its forward-mode derivatives, which are the specification's.
 
     Not by torch.library.register_autograd, which has no torch.func and lets tangents fall without a word.
-    """  # fmt: skip
+    """
     name = op._opname
     setup_context, backward = _chain(name, parameters, layout) if name in CHAINS else OTHERS[name](layout)
     defaults = [argument.default_value for argument in op._schema.arguments]
