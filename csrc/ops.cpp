@@ -120,5 +120,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by
   m.impl("program_new", TORCH_BOX(&fastconv::program_new));
-  m.impl("program_free", TORCH_BOX(&fastconv::program_free));
 }

@@ -13,7 +13,7 @@ import sys
 import warnings
 
 BACKENDS = ("auto", "aten", "cpu", "triton")
-INTERFACE = 2  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
+INTERFACE = 3  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
 
 
 def _requested_backend() -> str:

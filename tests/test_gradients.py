@@ -110,8 +110,69 @@ def test_first_and_second_derivatives(op, activation):
         return getattr(ops, op)(**dict(zip(names, values)), **rest)
 
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    for i, leaf in enumerate(leaves):  # some of them constants
+        leaf.requires_grad_(i % 2 == 0)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+F = torch.func
+TRANSFORMS = {  # of a function of one tensor, to be called with a few of them stacked
+    "grad": lambda f: lambda many: F.grad(f)(many[0]),
+    "vjp": lambda f: lambda many: F.vjp(f, many[0])[1](many[1].sum()),
+    "jvp": lambda f: lambda many: F.jvp(f, (many[0],), (many[1],)),
+    "jacfwd of jacrev": lambda f: lambda many: F.hessian(f)(many[0]),
+    "jacrev of jacrev": lambda f: lambda many: F.jacrev(F.jacrev(f))(many[0]),
+    "grad of grad": lambda f: lambda many: F.grad(lambda x: (F.grad(f)(x) ** 2).sum())(many[0]),
+    "gradients of each": lambda f: F.vmap(F.grad(f)),
+    "each one's tangent": lambda f: lambda many: F.vmap(lambda x: F.jvp(f, (x,), (x,)))(many),
+    "second derivatives of each": lambda f: F.vmap(F.grad(lambda x: (F.grad(f)(x) ** 2).sum())),
+    "functionalize": lambda f: lambda many: F.functionalize(F.grad(f))(many[0]),
+}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", TENSORS)
+def test_torch_func(op, transform, layout):
+    """With respect to an image and to a weight."""
+    tensors, rest = case(op, batch=1, c=2, out=2, height=3, width=4, activation="silu", residual=op != "inverted_residual")
+    if layout == "channels_last":
+        tensors = {name: channels_last(tensor) for name, tensor in tensors.items()}
+    for name in list(tensors)[:2]:
+        many = torch.stack([tensors[name], tensors[name] * 0.5, -tensors[name]])
+
+        def function(package, name=name):
+            return lambda value: (getattr(package, op)(**{**tensors, name: value}, **rest) ** 2).sum()
+
+        found, expected = (TRANSFORMS[transform](function(package))(many) for package in (ops, reference))
+        torch.testing.assert_close(found, expected)
+
+
+def test_torch_func_runs_the_kernels():
+    """Gradients through the operators' own backward, in no other way than autograd's."""
+    tensors, rest = case("separable", activation="relu", residual=False)
+    values = [tensor.float().requires_grad_() for tensor in tensors.values()]
+
+    def loss(*values):
+        return (ops.separable(**dict(zip(tensors, values)), **rest) ** 2).sum()
+
+    expected = torch.autograd.grad(loss(*values), values)
+    with torch.no_grad():
+        found = F.grad(loss, tuple(range(len(values))))(*values)
+        compiled = torch.compile(F.grad(loss), backend="aot_eager", fullgraph=True)(*values)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(compiled, expected[0])
+
+
+def test_tangents_are_not_lost():
+    """Forward mode outside torch.func, where no weight wants a gradient."""
+    x, weight, tangent = reals(1, 8, 5, 5), reals(4, 8, 1, 1), reals(1, 8, 5, 5)
+    with torch.autograd.forward_ad.dual_level():
+        y = ops.pointwise(torch.autograd.forward_ad.make_dual(x, tangent), weight)
+        found = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(found, reference.pointwise(tangent, weight))
 
 
 @pytest.mark.parametrize("op", ["depthwise_backward_input", "depthwise_backward_weight"])

@@ -16,17 +16,18 @@ from torch.nn.utils import parametrizations
 import fastconv
 from fastconv import models
 from fastconv.models._torchvision import import_torchvision
+from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
 from fastconv.nn import Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, PointwiseConv2d
 
 try:
     torchvision = import_torchvision()
     import timm
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv
-    from torchvision.models import mobilenetv2, squeezenet
+    from torchvision.models import mobilenetv2, mobilenetv3, squeezenet
 except ImportError as error:
     pytest.skip(f"needs torchvision and timm: {error}", allow_module_level=True)
 
-OURS = (Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, PointwiseConv2d)
+OURS = (Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, InvertedResidualV3, PointwiseConv2d)
 timm_v1 = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6, noskip=True, pw_act=True)
 
 # name: (builder, how many of each of our layers it gets)
@@ -36,9 +37,9 @@ NETWORKS = {
     "mobilenet_v1": (partial(timm.create_model, "mobilenetv1_100"), {DepthwiseSeparable: 13}),
     # 17 blocks with an expansion and a depthwise row each, the first without the former; stem and head.
     "mobilenet_v2": (torchvision.models.mobilenet_v2, {InvertedResidual: 17, Conv2dNormActivation: 16 + 17 + 2}),
-    # Rows inside and around V3's blocks; the squeeze-excitations' 1x1 convolutions.
-    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, {Conv2dNormActivation: 34, PointwiseConv2d: 18}),
-    "mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, {Conv2dNormActivation: 46, PointwiseConv2d: 16}),
+    # Blocks, and the rows inside and around them; the squeeze-excitations' 1x1 convolutions, of one pixel, stay torch's.
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, {InvertedResidualV3: 11, Conv2dNormActivation: 34}),
+    "mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, {InvertedResidualV3: 15, Conv2dNormActivation: 46}),
 }
 each_network = pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])
 
@@ -333,6 +334,30 @@ def test_an_inverted_residual_that_subtracts_keeps_its_class():
     block = fastconv.replace(ResidualAlways(8, 8, 1, 6))
     assert type(block) is ResidualAlways
     assert ours(block) == {Conv2dNormActivation: 2, PointwiseConv2d: 1}
+
+
+def v3_block(kind: type[nn.Module] = mobilenetv3.InvertedResidual) -> nn.Module:
+    return kind(mobilenetv3.InvertedResidualConfig(8, 3, 24, 8, True, "RE", 1, 1, 1.0), nn.BatchNorm2d)
+
+
+class SubtractsInV3(mobilenetv3.InvertedResidual):
+    def forward(self, x):
+        return self.block(x) - x
+
+
+def dropped_path() -> nn.Module:
+    """EfficientNet's block: V3's, whose result is left out now and then."""
+    config = torchvision.models.efficientnet.MBConvConfig(3, 3, 1, 8, 8, 1)
+    return torchvision.models.efficientnet.MBConv(config, 0.0, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("build", [lambda: v3_block(SubtractsInV3), dropped_path])
+def test_what_looks_like_a_block_of_v3_keeps_its_class(build):
+    block = build()
+    kind = type(block)
+    assert type(fastconv.replace(block)) is kind
+    assert ours(block)[Conv2dNormActivation] == 3
+    assert type(fastconv.replace(v3_block())) is InvertedResidualV3
 
 
 def test_a_forward_replaced_on_the_module_stays():

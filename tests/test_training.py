@@ -19,12 +19,19 @@ try:
     torchvision = import_torchvision()
     import timm
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv
-    from torchvision.models import mobilenetv2, squeezenet
+    from torchvision.models import mobilenetv2, mobilenetv3, squeezenet
 except ImportError as error:
     pytest.skip(f"needs torchvision and timm: {error}", allow_module_level=True)
 
 row = torchvision.ops.Conv2dNormActivation
 separable = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6, pw_act=True)
+
+
+def v3(channels: int, out: int, stride: int) -> nn.Module:
+    """With squeeze-excitation."""
+    config = mobilenetv3.InvertedResidualConfig(channels, 5, 40, out, True, "HS", stride, 1, 1.0)
+    return mobilenetv3.InvertedResidual(config, nn.BatchNorm2d)
+
 
 # name: (original, input channels)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -40,6 +47,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "inverted-residual": (lambda: mobilenetv2.InvertedResidual(16, 16, 1, 6), 16),
     "inverted-residual-stride2": (lambda: mobilenetv2.InvertedResidual(12, 19, 2, 4), 12),
     "inverted-residual-no-expand": (lambda: mobilenetv2.InvertedResidual(32, 16, 1, 1), 32),
+    "v3-residual": (lambda: v3(16, 16, 1), 16),
+    "v3-stride2": (lambda: v3(16, 24, 2), 16),
     "row-pointwise": (lambda: row(16, 40, 1, activation_layer=nn.Hardswish), 16),
     "row-linear": (lambda: row(40, 16, 1, activation_layer=None), 40),
     "row-depthwise-5x5": (lambda: row(24, 24, 5, 2, groups=24, activation_layer=nn.SiLU), 24),
@@ -72,7 +81,7 @@ def pair(name: str, mode: bool = True, size: str = "2x13x18") -> tuple[nn.Module
     build, channels = LAYERS[name]
     original = randomised(build()).train(mode)
     layer = fastconv.replace(copy.deepcopy(original))
-    assert type(layer).__module__.startswith("fastconv.nn.")
+    assert type(layer).__module__.startswith("fastconv.")
     batch, *pixels = SIZES[size]
     return original, layer, torch.randn(batch, channels, *pixels)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastconv.models._layers import init_weights, make_divisible
 from fastconv.models._weights import Weights, load_weights
 from fastconv.nn._training import innermost, run
+from fastconv.nn._twin import is_depthwise, is_pointwise, member
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.optimize.planned import Planned
 
@@ -98,6 +99,20 @@ class InvertedResidual(Planned):
             layers.append(se_layer(cnf.expanded_channels, make_divisible(cnf.expanded_channels // 4, 8)))
         layers.append(conv(cnf.expanded_channels, cnf.out_channels, 1, activation_layer=None))
         self.block = nn.Sequential(*layers)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> InvertedResidual:
+        """Makes `module` itself one of these, or raises TypeError or ValueError and leaves it as it was."""
+        chain = member("InvertedResidual", module, "block", nn.Sequential)
+        member("InvertedResidual", module, "use_res_connect", bool)
+        if len(module._modules) > 1:
+            raise ValueError(f"InvertedResidual: its only child must be block, got {', '.join(module._modules)}")
+        convs = [part[0] for part in chain if isinstance(part, nn.Sequential) and len(part)]
+        if not (convs and all(isinstance(conv, nn.Conv2d) for conv in convs) and is_pointwise(convs[-1]) and any(map(is_depthwise, convs))):
+            raise ValueError("InvertedResidual: block must hold rows of convolution, norm and activation, a depthwise one and a projection")
+        module.__class__ = cls
+        module.out_channels = convs[-1].out_channels
+        return module
 
     def _forward(self, x: Tensor) -> Tensor:
         return run(x, self.block, residual=self.use_res_connect)

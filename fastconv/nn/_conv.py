@@ -30,13 +30,14 @@ class KernelConv2d(Planned, nn.Conv2d):
         return module
 
     def _forward(self, x: Tensor) -> Tensor:
-        if plain(x) and self._fits(x) and self._is_covered():
-            return self._operator(x)
-        return nn.Conv2d.forward(self, x)
+        weight = self.weight  # once: a parametrization computes it, maybe with an effect
+        if plain(x) and self._fits(x, weight) and self._is_covered():
+            return self._operator(x, weight)
+        return self._conv_forward(x, weight, self.bias)
 
-    def _fits(self, x: Tensor) -> bool:
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
         image = x.dim() == 4 and x.shape[1] == self.in_channels and x.is_floating_point()
-        return image and x.dtype == self.weight.dtype and x.device == self.weight.device
+        return image and x.dtype == weight.dtype and x.device == weight.device
 
     def _is_of_kind(self) -> bool:
         raise NotImplementedError
@@ -44,5 +45,5 @@ class KernelConv2d(Planned, nn.Conv2d):
     def _is_covered(self) -> bool:
         raise NotImplementedError
 
-    def _operator(self, x: Tensor) -> Tensor:
+    def _operator(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
+from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
 from fastconv.nn._conv import KernelConv2d
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.depthwise import DepthwiseConv2d
@@ -22,7 +24,7 @@ from fastconv.optimize.trace import Untraceable, hooked, trace
 M = TypeVar("M", bound=nn.Module)
 Kinds = tuple[type[nn.Module], ...]
 
-_BLOCKS: Kinds = (Fire, InvertedResidual, DepthwiseSeparable)
+_BLOCKS: Kinds = (Fire, InvertedResidual, InvertedResidualV3, DepthwiseSeparable)
 _ROWS: Kinds = (Conv2dNormActivation,)
 _KINDS: Kinds = (*_BLOCKS, *_ROWS, DepthwiseConv2d, PointwiseConv2d)
 
@@ -32,9 +34,9 @@ def replace(model: M) -> M:
 
     A module becomes its twin by changing its class, as PyTorch's fully_shard does: the module, its submodules, Parameters, buffers, modes,
     hooks and state_dict keys stay the very same objects and names, so optimizers, wrappers and checkpoints made before keep working.
-    Outermost first: Fire, InvertedResidual (MobileNet V2) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own class of
-    the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and activation;
-    then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
+    Outermost first: Fire, InvertedResidual (MobileNet V2's and V3's) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own
+    class of the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and
+    activation; then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
 
     Left alone: what no twin fits; classes with methods of their own, whose behaviour a twin would drop; modules whose forward was
     replaced; blocks and Sequentials with a hook on a module inside them (their inner layers are then taken one by one, so that the hook
@@ -130,7 +132,13 @@ def _computed(module: nn.Module, training: bool) -> list[tuple] | None:
     except (Untraceable, Hazard):
         return None
     number = {node: ("value", i) for i, node in enumerate(graph.nodes)}
-    return [(node.op, _told(node.target), fx.map_arg((node.args, node.kwargs), number.__getitem__)) for node in graph.nodes]
+    steps = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), number.__getitem__)
+        if node.target is operator.add and len(node.all_input_nodes) == 2:  # the same sum, whichever comes first
+            args = tuple(sorted(args))
+        steps.append((node.op, None if node.op == "placeholder" else _told(node.target), args, kwargs))
+    return steps
 
 
 def _told(target: Any) -> Any:

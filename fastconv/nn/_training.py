@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastconv import _extension, reference
 from fastconv._buffers import buffers
@@ -185,7 +186,7 @@ def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
 def _is_plain_conv(module: nn.Module) -> bool:
     kind = type(module)
     ours = issubclass(kind, KernelConv2d) and kind.forward is Planned.forward and kind._forward is KernelConv2d._forward
-    return (kind is nn.Conv2d or ours) and not hooked(module)
+    return (kind is nn.Conv2d or (ours and not is_parametrized(module))) and not hooked(module)
 
 
 def _is_covered_conv(conv: nn.Module) -> bool:

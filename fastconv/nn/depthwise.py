@@ -22,5 +22,5 @@ class DepthwiseConv2d(KernelConv2d):
         geometry = self.kernel_size in ((3, 3), (5, 5)) and self.dilation == (1, 1) and isinstance(self.padding, tuple)
         return geometry and self.padding_mode == "zeros" and is_depthwise(self)
 
-    def _operator(self, x: Tensor) -> Tensor:
-        return ops.depthwise(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+    def _operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.depthwise(x, weight, self.bias, stride=self.stride, padding=self.padding)

@@ -21,5 +21,5 @@ class PointwiseConv2d(KernelConv2d):
     def _is_covered(self) -> bool:
         return is_pointwise(self)
 
-    def _operator(self, x: Tensor) -> Tensor:
-        return ops.pointwise(x, self.weight, self.bias)
+    def _operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.pointwise(x, weight, self.bias)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from fastconv.reference import ACTIVATIONS
 
@@ -53,6 +55,8 @@ def columns(x: Tensor) -> Tensor:
 
 def mapped(x: Tensor) -> bool:
     """Whether x stands for many, under vmap: then it can tell nothing of its memory format."""
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
@@ -358,7 +362,7 @@ def _global_avg_pool(layout) -> tuple[Callable, Callable]:
         ctx.shape = inputs[0].shape
 
     def backward(ctx, grad):
-        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+        return ((grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape),)
 
     return setup_context, backward
 
@@ -371,16 +375,55 @@ OTHERS = {
 }
 
 
-def register(library: torch.library.Library, name: str, parameters: list[str], layout: Callable[[Tensor], torch.memory_format]) -> None:
-    """Gives a public operator its gradients."""
+def register(
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    parameters: list[str],
+    layout: Callable[[Tensor], torch.memory_format],
+    specification: Callable[..., Tensor],
+) -> None:
+    """Gives a public operator its gradients, torch.func's too, and its forward-mode derivatives, which are the specification's.
+
+    Not by torch.library.register_autograd, which has no torch.func and lets tangents fall without a word.
+    """
+    name = op._opname
     setup_context, backward = _chain(name, parameters, layout) if name in CHAINS else OTHERS[name](layout)
+    defaults = [argument.default_value for argument in op._schema.arguments]
 
-    def without_autocast(ctx, grad):
-        """The forward pass ran in the dtype of what was saved, and so does the backward, wherever it is called."""
-        device = grad.device.type
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, grad)
-        with torch.autocast(device, enabled=False):
-            return backward(ctx, grad)
+    def below(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    torch.library.register_autograd(f"fastconv::{name}", without_autocast, setup_context=setup_context, lib=library)
+    class Differentiable(torch.autograd.function._SingleLevelFunction):  # one level of torch.func's at a time, as the dispatcher comes by
+        @staticmethod
+        def forward(*args):
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):  # for the levels outside this one
+                return below(args[-1], args[:-1])
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup_context(ctx, inputs[:-1], output)
+
+        @staticmethod
+        def backward(ctx, grad):
+            """Without autocast: the forward pass ran in the dtype of what was saved, and so does the backward, wherever it is called."""
+            device = grad.device.type
+            if not torch.is_autocast_enabled(device):
+                return *backward(ctx, grad), None
+            with torch.autocast(device, enabled=False):
+                return *backward(ctx, grad), None
+
+    Differentiable.__name__ = Differentiable.__qualname__ = f"fastconv_{name}"
+
+    def autograd(keyset, *args):
+        args = (*args, *defaults[len(args) :])  # the dispatcher drops trailing arguments that equal their default
+        if forward_ad._current_level >= 0:
+            return specification(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, args)
+        if not torch._C._are_functorch_transforms_active():
+            return Differentiable.apply(*args, keyset)
+        with enable_single_level_autograd_function():
+            return Differentiable.apply(*args, keyset)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)

@@ -64,7 +64,7 @@ def register(
         return torch.empty(output_shape(**bind(args)), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
     torch.library.register_fake(f"fastconv::{name}", fake, lib=library)
-    _gradients.register(library, name, parameters, memory_format)
+    _gradients.register(library, op, parameters, memory_format, lambda *args: specification(**bind(args)))
     _vmap.register(library, op, parameters)
     if autocast:
         _register_autocast(op, name, "cpu")

@@ -83,6 +83,9 @@ class OptimizedModule(Traced):
         self._original._apply(fn, recurse)
         return self
 
+    def _replicate_for_data_parallel(self) -> OptimizedModule:
+        raise RuntimeError("DataParallel cannot replicate an optimized module: optimize a copy of the model on each device")
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._original.state_dict(*args, **kwargs)
 
@@ -117,10 +120,10 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     its memory format.
 
     Inference only: in train mode, and where x requires a gradient, the copy runs as plain torch; parameters get no gradients otherwise.
-    Under autocast, torch.compile, torch.export and torch.func it runs as plain torch too. Parameters and buffers may change at any time
-    (load_state_dict, in-place updates, `.to()`); only writes that torch does not count go unnoticed: in place through `.data`, or into
-    tensors made in inference mode. Other attributes (a stride, an eps, one submodule's train mode) are read once.
-    Hooks that are registered later keep their submodule out of the kernels. Threads may share the module.
+    Under autocast, torch.func and ONNX export it runs as plain torch too; torch.compile and torch.export take its kernels.
+    Parameters and buffers may change at any time (load_state_dict, in-place updates, `.to()`); only writes that torch does not count
+    go unnoticed: in place through `.data`, or into tensors made in inference mode. Other attributes (a stride, an eps, one submodule's
+    train mode) are read once. Hooks that are registered later keep their submodule out of the kernels. Threads may share the module.
 
     dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.
     exact: only kernels that add up products directly. Otherwise a fire's 3x3 expand goes through Winograd's F(4x4, 3x3), with 2e-6 to

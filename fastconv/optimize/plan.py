@@ -93,6 +93,8 @@ class Watch:
     def same_structure(self) -> bool:
         if self.children != self.children_then:
             return False
+        if any(owner.get(key) is None for owner, key in zip(self.owners, self.keys)):  # removed, or computed from others by now
+            return False
         if self.handles != RemovableHandle.next_id:
             if [hooked(child) for child in self.modules] != self.hooks:
                 return False

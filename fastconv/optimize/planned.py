@@ -18,10 +18,10 @@ class Planned(Traced):
     """Base of the layers and models: subclasses write `_forward(x)` with submodules and torch functions, as torch.fx can trace it.
 
     In eval mode, when no gradient is wanted (grad mode off, or neither x nor a parameter requires it), `forward` runs the Plan of
-    `_forward`; otherwise, and under autocast, torch.compile, torch.export and torch.func, it runs `_forward` itself. The plan follows
-    every change of a parameter, buffer, hook or submodule, except writes that torch does not count: in place through `.data`, or
-    into tensors made in inference mode. Other attributes (a stride, an eps, one submodule's train mode) are read once.
-    It is a cache: absent from state_dict, and neither pickled nor copied.
+    `_forward`; otherwise, and under autocast and torch.func, it runs `_forward` itself. torch.compile and torch.export see the plan as one
+    operator. The plan follows every change of a parameter, buffer, hook or submodule, except writes that torch does not count: in place
+    through `.data`, or into tensors made in inference mode. Other attributes (a stride, an eps, one submodule's train mode) are read
+    once. It is a cache: absent from state_dict, and neither pickled nor copied.
     """
 
     _plan: Plan | None = None
@@ -57,3 +57,8 @@ class Planned(Traced):
     def _apply(self, fn: Any, recurse: bool = True) -> Planned:
         self._plan = None
         return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> Planned:
+        replica = super()._replicate_for_data_parallel()
+        replica.forward = replica._forward  # its weights are no parameters, which a plan needs
+        return replica

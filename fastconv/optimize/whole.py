@@ -38,7 +38,9 @@ class Whole:
     def __init__(self, weights: list[Tensor], program: str, flatten: bool) -> None:
         self.weights, self.program, self.flatten = weights, program, flatten
         self.number = torch.ops.fastconv.program_new(weights, program)
-        weakref.finalize(self, torch.ops.fastconv.program_free, self.number)
+        from fastconv import _C
+
+        weakref.finalize(self, _C.program_free, self.number)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.ops.fastconv.program_run.default(x, self.number)
