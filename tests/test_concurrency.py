@@ -375,4 +375,3 @@ def test_doctor_finds_a_second_openmp_runtime(tmp_path):
     both, warnings = examine(str(other))
     assert both == sorted([*runtimes, str(other)])
     assert any(line.startswith("2 OpenMP runtimes are loaded") and str(other) in line for line in warnings)
-
