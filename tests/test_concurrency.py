@@ -203,11 +203,12 @@ torch.set_num_threads(4)
 fast = fastconv.optimize(fastconv.models.get_model(NET, num_classes=10).eval())
 image, x, w = torch.randn(2, 3, 96, 96), torch.randn(2, 64, 41, 40), torch.randn(64, 1, 3, 3)
 last = x.contiguous(memory_format=torch.channels_last)
-def answers():
+def answers():  # as bytes: in a forked child torch.equal, too, would wait for threads that are not there
     with torch.no_grad():
-        return fast(image), ops.depthwise(x, w), ops.depthwise(x, w, stride=2), ops.depthwise(last, w)
+        ys = fast(image), ops.depthwise(x, w), ops.depthwise(x, w, stride=2), ops.depthwise(last, w)
+    return [y.numpy().tobytes() for y in ys]
 def right(expected):
-    return all(map(torch.equal, answers(), expected))
+    return answers() == expected
 """
 
 
@@ -276,7 +277,7 @@ print(wait(pid), right(answers()))
     assert out == "0 True\n"
 
 
-def test_a_pool_of_forked_workers_and_spawned_ones():
+def test_a_pool_of_forked_workers():
     out = run(
         """
 expected = answers()
