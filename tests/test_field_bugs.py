@@ -296,10 +296,10 @@ def test_onednn_5080_wrong_only_at_padded_columns():
 
 @every_isa
 def test_onednn_6035_backward_weights_with_fewer_channels_than_a_block():
-    """oneDNN#6035: the weight gradient of a 1x1 convolution writes past its workspace if channels are fewer than a block; wrong by threads."""
+    """oneDNN#6035: the weight gradient of a 1x1 convolution with fewer channels than a block writes past its workspace."""
     before = torch.get_num_threads()
     try:
-        for channels, outputs, threads in itertools.product((1, 3, 5, 7, 15), (1, 7, 17), (1, 2, 4)):
+        for channels, outputs, threads in itertools.product((1, 3, 15), (1, 17), (1, 2, 4)):
             torch.set_num_threads(threads)
             block = nn.Sequential(nn.Conv2d(channels, outputs, 1), nn.ReLU())
             block[0].weight.data, block[0].bias.data = integers(outputs, channels, 1, 1), integers(outputs)
@@ -457,11 +457,11 @@ def test_tensorflow_pr_126484_gradients_of_an_empty_batch():
 
 
 def test_pytorch_142209_hostile_arguments():
-    """pytorch#142209, #39824: a convolution crashes on hostile or large padding. 2,000 random calls: a result as ATen's, or an error."""
+    """pytorch#142209, #39824: a convolution crashes on hostile or large padding. 600 random calls: a result as ATen's, or an error."""
     choose = random.Random(0).choice
     numbers = (0, 1, 1, 1, 2, 2, 3, 4, 6, -1, 7, 2**16, 2**31, 2**63 - 1, -(2**63))
     served = refused = 0
-    for _ in range(2000):
+    for _ in range(600):
         name = choose(("depthwise", "separable", "inverted_residual", "stem", "max_pool"))
         args = arguments(name, integers, choose((1, 3, 8)), (choose((1, 2, 5, 9)), choose((1, 3, 6))), choose((0, 1, 2)))
         stride, padding = [choose(numbers), choose(numbers)], [choose(numbers[:11]), choose(numbers)]
@@ -475,8 +475,8 @@ def test_pytorch_142209_hostile_arguments():
             continue
         assert torch.equal(y, specification(name, *args, stride=tuple(stride), padding=tuple(padding))), (name, stride, padding)
         served += 1
-    assert served + refused == 2000
-    assert min(served, refused) > 100
+    assert served + refused == 600
+    assert min(served, refused) > 50
 
 
 @needs_kernels
