@@ -1,5 +1,8 @@
 #include "csrc/tensor.h"
 
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -119,8 +122,31 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
+namespace {
+
+// OpenMP's threads do not survive a fork, and GNU's runtime then waits for them in its next loop, forever: a forked child works alone.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// torch's copy, which is parallel where the image is large.
+Tensor reordered(const Tensor& x, MemoryFormat format) {
+  if (!forked) return torch::stable::contiguous(x, format);
+  Tensor copy = torch::stable::empty(x.sizes(), ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format);
+  const float* const from = data(x);
+  float* const to = static_cast<float*>(copy.mutable_data_ptr());
+  for (int64_t n = 0; n < x.size(0); ++n)
+    for (int64_t c = 0; c < x.size(1); ++c)
+      for (int64_t h = 0; h < x.size(2); ++h)
+        for (int64_t w = 0; w < x.size(3); ++w)
+          to[n * copy.stride(0) + c * copy.stride(1) + h * copy.stride(2) + w * copy.stride(3)] =
+              from[n * x.stride(0) + c * x.stride(1) + h * x.stride(2) + w * x.stride(3)];
+  return copy;
+}
+
+}  // namespace
+
 Image::Image(const Tensor& x, bool direct)
-    : tensor(direct || is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
+    : tensor(direct || is_channels_last(x) ? x : reordered(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
 
 namespace {
 
@@ -161,7 +187,7 @@ Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Outp
   advise_huge_pages(data(), tensor_.numel());
 }
 
-Tensor Result::done() const { return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }
+Tensor Result::done() const { return convert_ ? reordered(tensor_, MemoryFormat::Contiguous) : tensor_; }
 
 Tensor floats(const Ints& shape) { return torch::stable::empty(shape, ScalarType::Float); }
 
@@ -207,7 +233,7 @@ Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias
 void in_parallel(int64_t work, const std::function<void(const Parallel&)>& f) {
   constexpr int64_t ALONE = 512 * 1024;  // about 4 us; waking a team takes 2 us
   const int64_t threads = torch::stable::get_num_threads();
-  if (threads <= 1 || work < ALONE) return f(Parallel{});
+  if (threads <= 1 || work < ALONE || forked) return f(Parallel{});
   Team team(threads);
   std::exception_ptr failure;  // torch's loop is a C function to the stable ABI: nothing may be thrown through it
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {

@@ -1,5 +1,6 @@
 """What every operator's test needs: data, a float64 answer with its error bound, layouts, and the checks that all operators share."""
 
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -27,6 +28,15 @@ def reals(*shape: int) -> Tensor:
 def integers(*shape: int) -> Tensor:
     """Small integers: every product and sum of them is exact in float32, so any order of summation gives one answer."""
     return torch.randint(-4, 5, shape).float()
+
+
+def sparse(n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32, nchw: bool = False) -> Tensor:
+    """A channels_last image of zeros (or NCHW) that takes up memory only where it is written: for sizes past 2^31 elements."""
+    count = n * c * h * w
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
+    pages = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    flat = torch.frombuffer(pages, dtype=dtype)
+    return flat.view(n, c, h, w) if nchw else flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class Bounded(NamedTuple):

@@ -497,8 +497,9 @@ struct Block {
            (threads == 1 || op.out_height >= 14 * threads);
   }
 
-  // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once.
-  int64_t step() const { return std::min(op.out_height, std::max<int64_t>(2, 28 / op.out_width)); }
+  // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once. Strides past the
+  // kernel leave rows out: one at a time, so that those between two windows are not made.
+  int64_t step() const { return op.stride_h > op.kernel ? 1 : std::min(op.out_height, std::max<int64_t>(2, 28 / op.out_width)); }
 
   // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to `to`.
   // Without `to` the depthwise convolution writes its rows of the whole image `middle` and the projection is left out.

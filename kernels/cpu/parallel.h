@@ -28,33 +28,35 @@ inline void spin_hint() {
 #endif
 }
 
+// The calling thread's floating-point mode. torch.set_flush_denormal sets the caller's alone; for the same bits on any number of threads a
+// team computes as its leader does.
+struct FloatMode {
+#if defined(__x86_64__)
+  static constexpr uint32_t STATUS = 0x3f;  // sticky exceptions
+  uint32_t bits = __builtin_ia32_stmxcsr() & ~STATUS;
+  void set() const { __builtin_ia32_ldmxcsr(bits); }
+#elif defined(__aarch64__)
+  uint64_t bits = __builtin_aarch64_get_fpcr64();
+  void set() const { __builtin_aarch64_set_fpcr64(bits); }
+#else
+  void set() const {}
+#endif
+};
+
 class Team {
  public:
   using Body = void (*)(const void* context, int64_t piece, int64_t worker);
 
-  explicit Team(int64_t threads) : threads_(threads), shares_(new Share[threads]) {}
+  explicit Team(int64_t threads) : threads_(threads), mode_(), shares_(new Share[threads]) {}
 
   int64_t threads() const { return threads_; }
 
   // Every other thread of the team, until finish().
   void help(int64_t worker) {
-    uint64_t done = 0;
-    for (int spins = 0;;) {
-      const uint64_t loop = loop_.load(std::memory_order_acquire);
-      if (loop == FINISHED) return;
-      if (loop % 2 == 0 || loop == done) {
-        if (++spins < SPINS)
-          spin_hint();
-        else
-          std::this_thread::yield();  // more threads than cores: the leader may be waiting for this one's
-        continue;
-      }
-      spins = 0;
-      active_.fetch_add(1);
-      if (loop_.load() == loop) claim(worker);
-      active_.fetch_sub(1);
-      done = loop;
-    }
+    const FloatMode own;
+    mode_.set();
+    follow(worker);
+    own.set();
   }
 
   // The leader's, worker 0: returns when every piece has run. Throws what a piece threw.
@@ -89,6 +91,26 @@ class Team {
     std::atomic<int64_t> left{0}, begin{0}, end{0};
   };
 
+  void follow(int64_t worker) {
+    uint64_t done = 0;
+    for (int spins = 0;;) {
+      const uint64_t loop = loop_.load(std::memory_order_acquire);
+      if (loop == FINISHED) return;
+      if (loop % 2 == 0 || loop == done) {
+        if (++spins < SPINS)
+          spin_hint();
+        else
+          std::this_thread::yield();  // more threads than cores: the leader may be waiting for this one's
+        continue;
+      }
+      spins = 0;
+      active_.fetch_add(1);
+      if (loop_.load() == loop) claim(worker);
+      active_.fetch_sub(1);
+      done = loop;
+    }
+  }
+
   void claim(int64_t worker) {
     try {
       Share& own = shares_[worker];
@@ -105,6 +127,7 @@ class Team {
   }
 
   const int64_t threads_;
+  const FloatMode mode_;  // of who makes the team, its leader
   const std::unique_ptr<Share[]> shares_;
   alignas(64) std::atomic<uint64_t> loop_{0};  // odd while a loop is open
   alignas(64) std::atomic<int64_t> active_{0};

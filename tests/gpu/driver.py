@@ -65,7 +65,7 @@ def install(compiler: bool = False) -> None:
     triton.runtime.driver.set_active(Driver())
     if not compiler:
         triton.compiler.compile = lambda source, target=None, options=None, **_: Kernel(source, options)
-    from fastconv.kernels.gpu import blocks, launch, stem  # noqa: F401  # decorated as for a GPU
+    from fastconv.kernels.gpu import blocks, depthwise_backward, launch, stem  # noqa: F401  # decorated as for a GPU
 
     launch.arch = lambda device: "sm_90"
     os.environ["TRITON_INTERPRET"] = "1"  # what FASTCONV_BACKEND=triton asks for before it takes tensors on the CPU
