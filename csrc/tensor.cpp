@@ -55,10 +55,10 @@ void check_pair(const char* op, const char* argument, const Ints& pair, int64_t 
   check(pair[0] < most && pair[1] < most, op, argument, " must be below 2^31, got (", pair[0], ", ", pair[1], ")");
 }
 
-void check_image(const char* op, const Tensor& x) {
-  check(x.dim() == 4, op, "x must be (N, C, H, W), got ", shape_of{x});
-  check(x.is_cpu(), op, "x must be on the CPU");
-  check(x.layout() == Layout::Strided, op, "x must be a dense tensor");
+void check_image(const char* op, const Tensor& x, const char* argument) {
+  check(x.dim() == 4, op, argument, " must be (N, C, H, W), got ", shape_of{x});
+  check(x.is_cpu(), op, argument, " must be on the CPU");
+  check(x.layout() == Layout::Strided, op, argument, " must be a dense tensor");
 }
 
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x) {

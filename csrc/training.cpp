@@ -250,6 +250,7 @@ Tensor training_means(Tensor y, Tensor norm, OptionalString activation) {
   const char* op = "training_means";
   check_images(op, "y", y);
   const Shape shape = shape_like(y);
+  check(shape.h > 0 && shape.w > 0, op, "y must have pixels, got ", shape);
   check_norm(op, "norm", norm, shape.c);
   const Image image(y);
   Tensor means = floats({shape.n, shape.c, 1, 1});

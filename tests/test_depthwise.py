@@ -149,7 +149,11 @@ def test_autocast_compile_and_other_dtypes():
         ),
         ({"x": reals(8, 5, 5)}, ValueError, r"depthwise: x must be \(N, C, H, W\), got \(8, 5, 5\)"),
         ({"x": [1.0]}, TypeError, "depthwise: x must be a Tensor, got list"),
-        ({"x": torch.ones(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "depthwise: x must be floating point, got torch.int32"),
+        (
+            {"x": torch.ones(1, 8, 5, 5, dtype=torch.int32)},
+            TypeError,
+            "depthwise: x must be float16, bfloat16, float32 or float64, got torch.int32",
+        ),
         ({"x": reals(1, 8, 0, 5)}, ValueError, r"depthwise: x must have channels and pixels, got \(1, 8, 0, 5\)"),
         ({"weight": reals(8, 1, 4, 4)}, ValueError, r"depthwise: weight must be \(C, 1, 3, 3\) or \(C, 1, 5, 5\), got \(8, 1, 4, 4\)"),
         ({"weight": reals(7, 1, 3, 3)}, ValueError, r"depthwise: weight must be \(8, 1, 3, 3\) or \(8, 1, 5, 5\), got \(7, 1, 3, 3\)"),
