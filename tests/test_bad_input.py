@@ -225,6 +225,41 @@ def test_strides_and_paddings(op, name):
                 raw(op, arguments)
 
 
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, arguments in OPERATORS.items() for name in arguments if "activation" in name])
+def test_activations(op, name):
+    for value in ("gelu", "RELU", "relu ", "", "sigmoid", 1, b"relu", ["relu"], torch.relu):
+        message = f"{op}: {name} must be one of None, relu, relu6, hardswish, hardsigmoid, silu, got {value!r}"
+        check_error(partial(getattr(ops, op), **(arguments_of(op) | {name: value})), ValueError, message)
+
+
+@pytest.mark.parametrize(("op", "name"), [("max_pool", "ceil_mode"), ("inverted_residual", "residual")])
+@pytest.mark.parametrize("value", [1, None, "no", torch.tensor(True)])
+def test_flags(op, name, value):
+    message = f"{op}: {name} must be a bool, got {type(value).__name__}"
+    check_error(partial(getattr(ops, op), **(arguments_of(op) | {name: value})), TypeError, message)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("max_pool", {"padding": 2}, "padding must be at most 1, half of the window, got (2, 2)"),
+        ("max_pool", {"padding": (0, 2)}, "padding must be at most 1, half of the window, got (0, 2)"),
+        ("inverted_residual", {"stride": 2}, "a residual needs an output of x's shape, (2, 8, 5, 6), got (2, 8, 3, 3)"),
+        ("inverted_residual", {"padding": (0, 1)}, "a residual needs an output of x's shape, (2, 8, 5, 6), got (2, 8, 3, 6)"),
+        ("separable", {"stride": (2, 1)}, "residual must have the output's shape, (2, 4, 3, 6), got (2, 4, 5, 6)"),
+        ("depthwise_backward_input", {"input_size": (6, 6)}, "grad must have the output's shape, (2, 8, 6, 6), got (2, 8, 5, 6)"),
+        ("depthwise_backward_input", {"input_size": 0}, "input_size must be at least 1, got 0"),
+        ("depthwise_backward_input", {"input_size": (5,)}, "input_size must be an int or a pair of ints, got (5,)"),
+        ("depthwise_backward_input", {"stride": (1, 2)}, "grad must have the output's shape, (2, 8, 5, 3), got (2, 8, 5, 6)"),
+        ("depthwise_backward_weight", {"kernel_size": 5}, "grad must have the output's shape, (2, 8, 3, 4), got (2, 8, 5, 6)"),
+        ("depthwise_backward_weight", {"kernel_size": (3, 0)}, "kernel_size must be at least 1, got (3, 0)"),
+        ("depthwise_backward_weight", {"kernel_size": (3, 3, 3)}, "kernel_size must be an int or a pair of ints, got (3, 3, 3)"),
+    ],
+)
+def test_arguments_that_do_not_fit_each_other(op, change, message):
+    check_error(partial(getattr(ops, op), **(arguments_of(op) | change)), (TypeError, ValueError), f"{op}: {message}")
+
+
 @pytest.mark.parametrize("op", ["depthwise", "separable", "stem", "max_pool", "inverted_residual"])
 @pytest.mark.parametrize("stride", [2**16, (1, 2**31 - 1), (2**31 - 1, 1)])
 def test_a_stride_beyond_the_image_leaves_one_pixel(op, stride):
@@ -649,6 +684,9 @@ def test_a_checkpoint_of_another_format_under_the_wrong_name(state, tmp_path):
     ("call", "message"),
     [
         (lambda o: o.training_means(reals(2, 8, 5, 0), reals(4, 8), "relu"), "training_means: y must have pixels, got (2, 8, 5, 0)"),
+        (lambda o: o.pack_panels(torch.empty(2**62, 0, 1, 1)), f"pack_panels: weight must be (Cout, Cin, KH, KW), got ({2**62}, 0, 1, 1)"),
+        (lambda o: o.pack_taps(torch.empty(2**62, 1, 0, 3)), f"pack_taps: weight must be (C, 1, K, K), got ({2**62}, 1, 0, 3)"),
+        (lambda o: o.depthwise(reals(2, 0, 5, 5), reals(0, 1, 3, 3)), "depthwise: x must have channels, got (2, 0, 5, 5)"),
         (lambda o: o.network(reals(1, 3, 5, 5), [], "fastconv 1"), "network: the program has no steps"),
         (lambda o: o.network(reals(1, 3, 5, 5), [], "fastconv 1;"), "network: the program has no steps"),
         (lambda o: o.program_new([], "fastconv 1"), "network: the program has no steps"),
