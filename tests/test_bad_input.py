@@ -335,6 +335,15 @@ def test_views(op, name):
         assert torch.equal(view, before), f"{what}: the output lies in the input's memory"
 
 
+@pytest.mark.parametrize("stride", [(1, 3), (3, 3), (1, 1)])
+@pytest.mark.parametrize("height", [1, 2])
+def test_one_channel_of_several(height, stride):
+    """Beyond the kernels at stride 3, where ATen's own convolution takes wrong pixels of such a view (torch 2.13)."""
+    x, weight = integers(1, 4, height, 5).contiguous(memory_format=torch.channels_last)[:, 1:2], integers(1, 1, 5, 5)
+    y = ops.depthwise(x, weight, stride=stride, padding=(2, 0))
+    assert torch.equal(y.double(), reference.depthwise(x.contiguous().double(), weight.double(), stride=stride, padding=(2, 0)))
+
+
 @pytest.mark.parametrize("op", OPERATORS)
 def test_outputs_alias_no_input(op):
     arguments = arguments_of(op)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import test_depthwise
@@ -18,6 +21,8 @@ import test_pointwise
 import test_separable
 import test_stem
 import torch
+from core import programs
+from fuzz.python_targets import TARGETS
 from harness import ACTIVATIONS, ISAS, Bounded, integers, layouts, randomise_norms, reals, using_isa
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -36,7 +41,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 Draw = Callable[[st.SearchStrategy], object]
 
 
-def fuzz(share: float, least: int) -> settings:
+def examples(share: float, least: int) -> settings:
     """Settings for a test that takes this share of FUZZ_EXAMPLES: without them the same `least` examples every time."""
     return settings(
         max_examples=int(EXAMPLES * share) or least,
@@ -168,7 +173,7 @@ OPERATORS = (
 )  # fmt: skip
 
 
-@fuzz(0.7, 250)
+@examples(0.7, 250)
 @given(data=st.data(), operator=st.sampled_from(OPERATORS), isa=st.sampled_from(ISAS), seed=SEEDS)
 def test_operators(data, operator, isa, seed):
     torch.manual_seed(seed)
@@ -222,7 +227,7 @@ LAYERS = (depthwise_layer, pointwise_layer, fire_layer, separable_layer, inverte
 MODES = ("inference", "gradients", "training")
 
 
-@fuzz(0.2, 100)
+@examples(0.2, 100)
 @given(data=st.data(), made=st.sampled_from(LAYERS), mode=st.sampled_from(MODES), isa=st.sampled_from(ISAS), seed=SEEDS)
 def test_layers(data, made, mode, isa, seed):
     """The layer in float32 against itself in float64, which torch computes."""
@@ -246,7 +251,7 @@ def close(y: Tensor, expected: Tensor, what: object) -> None:
 # Networks
 
 
-@fuzz(0.1, 25)
+@examples(0.1, 25)
 @given(pick=st.randoms(use_true_random=False), isa=st.sampled_from(ISAS), exact=st.booleans(), seed=SEEDS)
 @torch.no_grad()
 def test_networks(pick, isa, exact, seed):
@@ -261,3 +266,22 @@ def test_networks(pick, isa, exact, seed):
     error, eager = ((value - wanted).norm() / wanted.norm() for value in (y, model(x)))
     # 1e-6 and 1e-5 are the promise for the six networks; the worst seen of these, with ten logits that may cancel, is 1.1e-6 and 1.1e-5
     assert error <= max(3e-6 if exact else 2e-5, 3 * eager), (float(error), float(eager))
+
+
+# What `make fuzz` has saved
+
+FUZZ = Path(__file__).parent / "fuzz"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_saved_inputs(target):
+    files = sorted((FUZZ / "corpus" / target).iterdir())
+    assert files
+    for file in files:
+        TARGETS[target](file.read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(programs.clang() is None, reason="needs clang")
+def test_saved_inputs_of_the_compiled_operators():
+    subprocess.run([sys.executable, str(FUZZ / "fuzz.py"), "--seconds", "0", "operators"], check=True)

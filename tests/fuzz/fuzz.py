@@ -26,7 +26,7 @@ OUT = ROOT / "out" / "fuzz"
 # A tensor larger than this is refused as one that the machine has no memory for.
 MEGABYTES = 64
 SANITIZER = f"allocator_may_return_null=1:max_allocation_size_mb={MEGABYTES}:quarantine_size_mb=32:detect_leaks=0"
-LIMITS = ["-timeout=20", "-rss_limit_mb=4096", f"-malloc_limit_mb={2 * MEGABYTES}"]
+LIMITS = ["-timeout=30", "-rss_limit_mb=4096"]
 
 
 def build() -> Path:
@@ -67,15 +67,18 @@ def run(target: str, seconds: int, save: bool) -> None:
     found.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"ASAN_OPTIONS": SANITIZER, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
     fuzzer = command(target)
-    options = [*LIMITS, f"-artifact_prefix={OUT}/{target}-", f"-max_total_time={seconds}", "-print_final_stats=1"]
+    options = [*LIMITS, f"-artifact_prefix={OUT}/{target}-", "-print_final_stats=1", "-reload=0"]
+    options.append(f"-max_total_time={seconds}" if seconds else "-runs=0")
     if target == "operators":
-        options += ["-close_fd_mask=2", "-use_value_profile=1"]  # torch prints what it refuses
+        options.append("-close_fd_mask=2")  # torch prints what it refuses
     subprocess.run([*fuzzer, *options, str(found), str(saved)], check=True, env=environment, cwd=OUT)
     if save:
         small = OUT / f"{target}-small"
         shutil.rmtree(small, ignore_errors=True)
         small.mkdir()
-        subprocess.run([*fuzzer, *LIMITS, "-merge=1", str(small), str(saved), str(found)], check=True, env=environment, cwd=OUT)
+        subprocess.run(
+            [*fuzzer, *LIMITS, "-merge=1", "-use_counters=0", str(small), str(saved), str(found)], check=True, env=environment, cwd=OUT
+        )
         shutil.rmtree(saved, ignore_errors=True)
         shutil.copytree(small, saved)
 
@@ -83,7 +86,7 @@ def run(target: str, seconds: int, save: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=["operators", "arguments", "checkpoints"])
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target (60); 0: the saved corpus alone")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     for target in given.targets:
