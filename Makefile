@@ -10,7 +10,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test exact sanitize mutants gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
+.PHONY: help demo test exact sanitize mutants fuzz gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ sanitize:  ## the kernels' edge cases under the address, undefined, thread and m
 mutants: $(VENV)/.built  ## breaks the sources in a hundred ways and lists which test notices (ARGS="-k depthwise", "--list")
 	$(BIN)/python tests/mutants.py $(ARGS)
 
+fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of operators, argument checks and checkpoints (ARGS="--seconds 600 operators"); operators need clang
+	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
+
 bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
@@ -45,12 +48,12 @@ bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/fuzz/*.cpp)
 
 format: $(VENV)/.dev  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/fuzz/*.cpp)
 
 wheel: $(VENV)/.installed  ## a wheel for this machine's Python, in dist/
 	rm -rf build/lib.* build/bdist.*
@@ -84,6 +87,10 @@ $(VENV)/.built: $(VENV)/.installed $(EXTENSION)
 $(VENV)/.peers: $(VENV)/.built requirements/peers.txt requirements/peers-no-deps.txt
 	$(PIP) install $(PINS) -r requirements/peers.txt
 	$(PIP) install $(PINS) --no-deps -r requirements/peers-no-deps.txt
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.built requirements/fuzz.txt
+	$(PIP) install $(PINS) -r requirements/fuzz.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created requirements/constraints.txt requirements/dev.txt

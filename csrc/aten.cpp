@@ -24,17 +24,20 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
   return call_all<1>(op, overload, args...)[0];
 }
 
+// ATen's convolution misreads views of one channel whose pixels are apart, (1, 1, 1, 5) of strides (20, 1, 20, 4), at stride 3.
+Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
+
 }  // namespace
 
 Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride, const Ints& padding, int64_t groups) {
-  return call("aten::convolution", "", x, weight, bias, stride, padding, Ints{1, 1}, false, Ints{0, 0}, groups);
+  return call("aten::convolution", "", dense(x), weight, bias, stride, padding, Ints{1, 1}, false, Ints{0, 0}, groups);
 }
 
 Tensor conv_backward(ConvGradient which, const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
                      int64_t groups) {
   const bool wanted[3] = {which == ConvGradient::input, which == ConvGradient::weight, false};
-  const auto gradients = call_all<3>("aten::convolution_backward", "", grad, x, weight, std::nullopt, stride, padding, Ints{1, 1}, false,
-                                     Ints{0, 0}, groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3));
+  const auto gradients = call_all<3>("aten::convolution_backward", "", dense(grad), dense(x), weight, std::nullopt, stride, padding,
+                                     Ints{1, 1}, false, Ints{0, 0}, groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3));
   return gradients[which == ConvGradient::input ? 0 : 1];
 }
 

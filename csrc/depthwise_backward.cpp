@@ -10,7 +10,7 @@ namespace {
 
 // grad is what a depthwise convolution of a (batch, channels, height, width) image gives.
 Shape check_gradient(const char* op, const Tensor& grad, const Shape& in, const Ints& kernel, const Ints& stride, const Ints& padding) {
-  check_image(op, grad);
+  check_image(op, grad, "grad");
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   const Shape out{in.n, in.c, output_size(op, "height", in.h, kernel[0], stride[0], padding[0]),
@@ -69,7 +69,7 @@ Tensor unpack_taps(const Tensor& taps) {
 
 Tensor depthwise_backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints padding) {
   const char* op = "depthwise_backward_input";
-  check_image(op, grad);
+  check_image(op, grad, "grad");
   check_pair(op, "input_size", input_size, 1);
   check(weight.dim() == 4 && weight.size(1) == 1 && weight.size(0) == grad.size(1), op, "weight must be (", grad.size(1),
         ", 1, KH, KW), got ", shape_of{weight});

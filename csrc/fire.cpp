@@ -11,8 +11,6 @@ void check_expand3x3(const char* op, const Tensor& weight, int64_t squeezed, con
   check_like(op, "weight3x3", weight, x);
 }
 
-void check_some_pixels(const char* op, const Shape& x) { check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x); }
-
 Tensor aten_expand(const Tensor& x, const Tensor& weight1x1, const OptionalTensor& bias1x1, const Tensor& weight3x3,
                    const OptionalTensor& bias3x3) {
   return aten::cat_channels(aten::conv_act(x, weight1x1, bias1x1, {1, 1}, {0, 0}, 1, "relu"),

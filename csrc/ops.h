@@ -74,6 +74,7 @@ Tensor unpack_taps(const Tensor& taps);  // (K * K, C) -> (C, 1, K, K)
 void check_packed_image(const char* op, const Tensor& x);  // check_image, and float32
 // x has the channels that weights packed before were packed for. (Messages of packed operators bear the public operator's name.)
 void check_channels(const char* op, const Shape& x, int64_t channels);
+void check_some_pixels(const char* op, const Shape& x);
 // Panels (ceil(Cout / 16), depth, 16) with a bias (Cout,); returns Cout.
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth);
 void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t channels, const Ints& stride, const Ints& padding);

@@ -14,6 +14,7 @@ class PointwiseStep : public Step {
   const char* op() const override { return "pointwise"; }
   Shape output(const Shape& in) const override {
     check_channels(op(), in, panels_.size(1));
+    check_some_pixels(op(), in);
     return {in.n, out_channels_, in.h, in.w};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }

@@ -123,10 +123,11 @@ class Program {
     steps_.push_back({std::move(step), x, residual, values_++});
   }
 
+  bool empty() const { return steps_.empty(); }
+
   // The last step's result is the caller's own, so it stands outside the arena.
   Tensor run(const Tensor& x) {
     check_packed_image(first_op_, x);
-    if (steps_.empty()) return x;
     std::call_once(settled_, [this] {
       join();
       place();
@@ -321,6 +322,7 @@ std::shared_ptr<Program> compile(const std::vector<Tensor>& weights, const std::
     program->add(make_step(op, reader), x, residual);
     reader.finish();
   }
+  check(!program->empty(), "network", "the program has no steps");  // its result would be its input
   check(next_weight == weights.size(), "network", "the program takes ", next_weight, " weights, got ", weights.size());
   return program;
 }

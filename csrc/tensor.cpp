@@ -58,10 +58,11 @@ void check_pair(const char* op, const char* argument, const Ints& pair, int64_t 
   check(pair[0] < most && pair[1] < most, op, argument, " must be below 2^31, got (", pair[0], ", ", pair[1], ")");
 }
 
-void check_image(const char* op, const Tensor& x) {
-  check(x.dim() == 4, op, "x must be (N, C, H, W), got ", shape_of{x});
-  check(x.is_cpu(), op, "x must be on the CPU");
-  check(x.layout() == Layout::Strided, op, "x must be a dense tensor");
+void check_image(const char* op, const Tensor& x, const char* argument) {
+  check(x.dim() == 4, op, argument, " must be (N, C, H, W), got ", shape_of{x});
+  check(x.is_cpu(), op, argument, " must be on the CPU");
+  check(x.layout() == Layout::Strided, op, argument, " must be a dense tensor");
+  check(x.size(1) > 0, op, argument, " must have channels, got ", shape_of{x});  // without, 2^62 images take no memory but time
 }
 
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x) {
@@ -198,7 +199,7 @@ Tensor zeros(int64_t count) {
 }
 
 Tensor pack_panels(const Tensor& weight) {
-  check(weight.dim() == 4, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
+  check(weight.dim() == 4 && weight.numel() > 0, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
@@ -208,8 +209,8 @@ Tensor pack_panels(const Tensor& weight) {
 }
 
 Tensor pack_winograd(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "pack_winograd", "weight must be (Cout, Cin, 3, 3), got ",
-        shape_of{weight});
+  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
+        "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
@@ -219,7 +220,7 @@ Tensor pack_winograd(const Tensor& weight) {
 }
 
 Tensor pack_taps(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.size(1) == 1, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
+  check(weight.dim() == 4 && weight.size(1) == 1 && weight.numel() > 0, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);

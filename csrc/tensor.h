@@ -48,7 +48,7 @@ Activation parse_activation(const char* op, const char* argument, const Optional
 
 // int[2] arguments: both within [least, ...].
 void check_pair(const char* op, const char* argument, const Ints& pair, int64_t least);
-void check_image(const char* op, const Tensor& x);                                             // 4-D, dense, on the CPU
+void check_image(const char* op, const Tensor& x, const char* argument = "x");                 // 4-D, dense, on the CPU
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x);  // same dtype and device
 void check_bias(const char* op, const char* argument, const OptionalTensor& bias, int64_t channels, const Tensor& x);
 // Weight (Cout, Cin, 1, 1) for inputs of Cin channels.

@@ -38,7 +38,7 @@ void check_vector(const char* op, const char* argument, const OptionalTensor& ve
 }
 void check_images(const char* op, const char* argument, const Tensor& image) {
   check_floats(op, argument, image);
-  check(image.dim() == 4, op, argument, " must be (N, C, H, W), got ", shape_of{image});
+  check(image.dim() == 4 && image.size(1) > 0, op, argument, " must be (N, C, H, W), got ", shape_of{image});
 }
 void check_shape(const char* op, const char* argument, const Tensor& image, const Shape& shape) {
   check_images(op, argument, image);
@@ -250,6 +250,7 @@ Tensor training_means(Tensor y, Tensor norm, OptionalString activation) {
   const char* op = "training_means";
   check_images(op, "y", y);
   const Shape shape = shape_like(y);
+  check(shape.h > 0 && shape.w > 0, op, "y must have pixels, got ", shape);
   check_norm(op, "norm", norm, shape.c);
   const Image image(y);
   Tensor means = floats({shape.n, shape.c, 1, 1});

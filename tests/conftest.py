@@ -1,12 +1,8 @@
 """Fixtures for every test."""
 
-import sys
-
 import pytest
 import torch
-from harness import ISAS
-
-from fastconv import _extension
+from harness import ISAS, using_isa
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +13,8 @@ def seed() -> None:
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Runs the test once per instruction set that this machine has; once through ATen where the extension is missing."""
-    if not _extension.available:
+    with using_isa(request.param):
         yield request.param
-        return
-    extension = sys.modules["fastconv._C"]
-    chosen = extension.isa()
-    extension.set_isa(request.param)
-    yield request.param
-    extension.set_isa(chosen)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What every operator's test needs: data, a float64 answer with its error bound, layouts, and the checks that all operators share."""
 
+import contextlib
 import mmap
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,22 @@ from fastconv import _extension, reference
 
 ISAS = sys.modules["fastconv._C"].isas() if _extension.available else ["ATen"]
 every_isa = pytest.mark.usefixtures("isa", "poison")  # for a test of a kernel: once per instruction set, on poisoned memory
+
+
+@contextlib.contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """The compiled kernels of one instruction set; nothing where the extension is missing."""
+    if not _extension.available:
+        yield
+        return
+    extension = sys.modules["fastconv._C"]
+    chosen = extension.isa()
+    extension.set_isa(name)
+    try:
+        yield
+    finally:
+        extension.set_isa(chosen)
+
 
 U = 2.0**-24  # float32's unit roundoff
 CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 64, 100)  # below, at and above every vector and panel width

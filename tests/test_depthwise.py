@@ -136,38 +136,3 @@ def test_autocast_compile_and_other_dtypes():
     check_autocast(lambda: ops.depthwise(x, weight, bias), lambda: reference.depthwise(x, weight, bias))
     check_other_dtypes(ops.depthwise, reference.depthwise, [x, weight, bias])
     check_compiled(lambda x: ops.depthwise(x, weight, bias, stride=2, activation="silu"), x)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": reals(1, 8, 5, 5).to_sparse()}, TypeError, "depthwise: x must be a dense Tensor, got torch.sparse_coo"),
-        (
-            {"bias": torch.nested.nested_tensor([reals(8)], layout=torch.jagged)},
-            TypeError,
-            "depthwise: bias must be a dense Tensor, got a nested one",
-        ),
-        ({"x": reals(8, 5, 5)}, ValueError, r"depthwise: x must be \(N, C, H, W\), got \(8, 5, 5\)"),
-        ({"x": [1.0]}, TypeError, "depthwise: x must be a Tensor, got list"),
-        ({"x": torch.ones(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "depthwise: x must be floating point, got torch.int32"),
-        ({"x": reals(1, 8, 0, 5)}, ValueError, r"depthwise: x must have channels and pixels, got \(1, 8, 0, 5\)"),
-        ({"weight": reals(8, 1, 4, 4)}, ValueError, r"depthwise: weight must be \(C, 1, 3, 3\) or \(C, 1, 5, 5\), got \(8, 1, 4, 4\)"),
-        ({"weight": reals(7, 1, 3, 3)}, ValueError, r"depthwise: weight must be \(8, 1, 3, 3\) or \(8, 1, 5, 5\), got \(7, 1, 3, 3\)"),
-        ({"weight": reals(8, 1, 3, 3).double()}, TypeError, "depthwise: weight must have x's dtype, torch.float32, got torch.float64"),
-        ({"weight": torch.empty(8, 1, 3, 3, device="meta")}, ValueError, "depthwise: weight must be on x's device, cpu, got meta"),
-        ({"bias": reals(9)}, ValueError, r"depthwise: bias must be \(8,\), got \(9,\)"),
-        ({"stride": 0}, ValueError, "depthwise: stride must be at least 1, got 0"),
-        ({"stride": (1, 2, 3)}, TypeError, r"depthwise: stride must be an int or a pair of ints, got \(1, 2, 3\)"),
-        ({"stride": (1, 2**31)}, ValueError, r"depthwise: stride must be below 2\^31, got \(1, 2147483648\)"),
-        ({"padding": 2**70}, ValueError, r"depthwise: padding must be below 2\^31, got 1180591620717411303424"),
-        ({"padding": (0, -1)}, ValueError, r"depthwise: padding must be at least 0, got \(0, -1\)"),
-        ({"padding": 0.5}, TypeError, "depthwise: padding must be an int or a pair of ints, got 0.5"),
-        ({"activation": "gelu"}, ValueError, "depthwise: activation must be one of None, relu, relu6, .*, got 'gelu'"),
-        ({"activation": ["relu"]}, ValueError, r"depthwise: activation must be one of None, relu, .*, got \['relu'\]"),
-        ({"x": reals(1, 8, 2, 5), "padding": 0}, ValueError, "depthwise: the output would have no pixels"),
-    ],
-)
-def test_errors(change, error, message):
-    arguments = {"x": reals(1, 8, 5, 5), "weight": reals(8, 1, 3, 3), "bias": None} | change
-    with pytest.raises(error, match=message):
-        ops.depthwise(**arguments)

@@ -141,19 +141,3 @@ def test_autocast_compile_and_other_dtypes():
     check_autocast(lambda: ops.fire(x, *params), lambda: reference.fire(x, *params))
     check_other_dtypes(ops.fire, reference.fire, [x, *params])
     check_compiled(lambda x: ops.fire(x, *params), x)
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "message"),
-    [
-        (1, reals(2, 5, 1, 1), r"fire: squeeze_weight must be \(Cout, 4, 1, 1\), got \(2, 5, 1, 1\)"),
-        (2, reals(4), r"fire: squeeze_bias must be \(2,\), got \(4,\)"),
-        (3, reals(3, 4, 1, 1), r"fire: weight1x1 must be \(Cout, 2, 1, 1\), got \(3, 4, 1, 1\)"),
-        (5, reals(2, 4, 3, 3), r"fire: weight3x3 must be \(Cout, 2, 3, 3\), got \(2, 4, 3, 3\)"),
-    ],
-)
-def test_errors(position, value, message):
-    arguments = [reals(1, 4, 5, 5), *weights(4, 2, 3, 2)]
-    arguments[position] = value
-    with pytest.raises(ValueError, match=message):
-        ops.fire(*arguments)

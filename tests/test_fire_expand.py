@@ -90,20 +90,3 @@ def test_autocast_compile_and_other_dtypes():
     check_autocast(lambda: ops.fire_expand(x, *params), lambda: reference.fire_expand(x, *params))
     check_other_dtypes(ops.fire_expand, reference.fire_expand, [x, *params])
     check_compiled(lambda x: ops.fire_expand(x, *params), x)
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "error", "message"),
-    [
-        (0, reals(4, 5, 5), ValueError, r"fire_expand: x must be \(N, C, H, W\), got \(4, 5, 5\)"),
-        (1, reals(3, 5, 1, 1), ValueError, r"fire_expand: weight1x1 must be \(Cout, 4, 1, 1\), got \(3, 5, 1, 1\)"),
-        (2, reals(4), ValueError, r"fire_expand: bias1x1 must be \(3,\), got \(4,\)"),
-        (3, reals(2, 4, 5, 5), ValueError, r"fire_expand: weight3x3 must be \(Cout, 4, 3, 3\), got \(2, 4, 5, 5\)"),
-        (4, reals(2).double(), TypeError, "fire_expand: bias3x3 must have x's dtype, torch.float32, got torch.float64"),
-    ],
-)
-def test_errors(position, value, error, message):
-    arguments = [reals(1, 4, 5, 5), *weights(4, 3, 2)]
-    arguments[position] = value
-    with pytest.raises(error, match=message):
-        ops.fire_expand(*arguments)

@@ -56,16 +56,3 @@ def test_registrations():
 def test_compile_and_other_dtypes():
     check_other_dtypes(ops.global_avg_pool, reference.global_avg_pool, [reals(2, 6, 7, 8)])
     check_compiled(ops.global_avg_pool, reals(2, 6, 7, 8))
-
-
-@pytest.mark.parametrize(
-    ("x", "error", "message"),
-    [
-        (reals(3, 9), ValueError, r"global_avg_pool: x must be \(N, C, H, W\), got \(3, 9\)"),
-        (reals(1, 3, 0, 9), ValueError, r"global_avg_pool: x must have channels and pixels, got \(1, 3, 0, 9\)"),
-        (torch.ones(1, 3, 2, 2, dtype=torch.int64), TypeError, "global_avg_pool: x must be floating point, got torch.int64"),
-    ],
-)
-def test_errors(x, error, message):
-    with pytest.raises(error, match=message):
-        ops.global_avg_pool(x)

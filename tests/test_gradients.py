@@ -433,30 +433,3 @@ def test_registrations_of_the_family(op):
         return getattr(reference, op)(first.to(dtype), second.to(dtype), size, stride=(2, 1), padding=1)
 
     check_autocast(call, specification)
-
-
-GRAD, WEIGHT, IMAGE = reals(1, 8, 5, 5), reals(8, 1, 3, 3), reals(1, 8, 5, 5)
-
-
-@pytest.mark.parametrize(
-    ("op", "change", "error", "message"),
-    [
-        ("input", {"grad": reals(8, 5, 5)}, ValueError, r"grad must be \(N, C, H, W\), got \(8, 5, 5\)"),
-        ("input", {"weight": reals(7, 1, 3, 3)}, ValueError, r"weight must be \(8, 1, KH, KW\), got \(7, 1, 3, 3\)"),
-        ("input", {"weight": WEIGHT.double()}, TypeError, "weight must have grad's dtype, torch.float32, got torch.float64"),
-        ("input", {"input_size": (6, 5)}, ValueError, r"grad must have the output's shape, \(1, 8, 6, 5\), got \(1, 8, 5, 5\)"),
-        ("input", {"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
-        ("input", {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-        ("input", {"input_size": 1, "padding": 0}, ValueError, "the output would have no pixels"),
-        ("weight", {"x": reals(1, 7, 5, 5)}, ValueError, r"grad must have the output's shape, \(1, 7, 5, 5\), got \(1, 8, 5, 5\)"),
-        ("weight", {"x": torch.empty(1, 8, 5, 5, device="meta")}, ValueError, "x must be on grad's device, cpu, got meta"),
-        ("weight", {"kernel_size": (3, 3, 3)}, TypeError, r"kernel_size must be an int or a pair of ints, got \(3, 3, 3\)"),
-        ("weight", {"grad": [1.0]}, TypeError, "grad must be a Tensor, got list"),
-        ("weight", {"padding": -1}, ValueError, "padding must be at least 0, got -1"),
-    ],
-)
-def test_errors(op, change, error, message):
-    given = {"grad": GRAD, "stride": 1, "padding": 1}
-    given |= {"weight": WEIGHT, "input_size": 5} if op == "input" else {"x": IMAGE, "kernel_size": 3}
-    with pytest.raises(error, match=f"depthwise_backward_{op}: {message}"):
-        getattr(ops, f"depthwise_backward_{op}")(**(given | change))

@@ -178,27 +178,3 @@ def test_autocast_compile_and_other_dtypes():
         [x, *params],
     )
     check_compiled(lambda x: ops.inverted_residual(x, *params, residual=True), x)
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "options", "message"),
-    [
-        (1, reals(8, 5, 1, 1), {}, r"inverted_residual: expand_weight must be \(Cout, 4, 1, 1\), got \(8, 5, 1, 1\)"),
-        (3, reals(4, 1, 3, 3), {}, r"inverted_residual: depthwise_weight must be \(8, 1, 3, 3\) or .*, got \(4, 1, 3, 3\)"),
-        (5, reals(4, 4, 1, 1), {}, r"inverted_residual: project_weight must be \(Cout, 8, 1, 1\), got \(4, 4, 1, 1\)"),
-        (0, reals(1, 4, 5, 5), {"stride": 2, "residual": True}, r"inverted_residual: a residual needs an output of x's shape"),
-        (0, reals(1, 4, 5, 5), {"activation": "elu"}, "inverted_residual: activation must be one of .*, got 'elu'"),
-        (0, reals(1, 4, 2, 2), {"padding": 0}, "inverted_residual: the output would have no pixels"),
-    ],
-)
-def test_errors(position, value, options, message):
-    arguments = [reals(1, 4, 5, 5), *weights(4, 8, 4)]
-    arguments[position] = value
-    with pytest.raises(ValueError, match=message):
-        ops.inverted_residual(*arguments, **options)
-
-
-def test_a_residual_is_asked_for_by_a_bool():
-    x = reals(1, 4, 5, 5)
-    with pytest.raises(TypeError, match="inverted_residual: residual must be a bool, got Tensor"):
-        ops.inverted_residual(x, *weights(4, 8, 4), residual=x)

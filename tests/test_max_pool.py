@@ -67,22 +67,3 @@ def test_registrations():
 def test_compile_and_other_dtypes():
     check_other_dtypes(ops.max_pool, reference.max_pool, [reals(2, 6, 7, 8)])
     check_compiled(lambda x: ops.max_pool(x, padding=1, ceil_mode=True), reals(2, 6, 7, 8))
-
-
-@pytest.mark.parametrize(
-    ("x", "options", "message"),
-    [
-        (reals(3, 9, 9), {}, r"max_pool: x must be \(N, C, H, W\), got \(3, 9, 9\)"),
-        (reals(1, 3, 9, 9), {"padding": 2}, r"max_pool: padding must be at most 1, half of the window, got \(2, 2\)"),
-        (reals(1, 3, 9, 9), {"stride": 0}, "max_pool: stride must be at least 1, got 0"),
-        (reals(1, 3, 2, 9), {}, "max_pool: the output would have no pixels"),
-    ],
-)
-def test_errors(x, options, message):
-    with pytest.raises(ValueError, match=message):
-        ops.max_pool(x, **options)
-
-
-def test_ceil_mode_is_a_bool():
-    with pytest.raises(TypeError, match="max_pool: ceil_mode must be a bool, got str"):
-        ops.max_pool(reals(1, 3, 9, 9), ceil_mode="no")

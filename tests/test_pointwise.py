@@ -116,29 +116,6 @@ def test_autocast_compile_and_other_dtypes():
     check_compiled(lambda x: ops.pointwise(x, weight, bias, activation="relu6"), x)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": reals(8, 5)}, ValueError, r"pointwise: x must be \(N, C, H, W\), got \(8, 5\)"),
-        ({"weight": reals(4, 7, 1, 1)}, ValueError, r"pointwise: weight must be \(Cout, 8, 1, 1\), got \(4, 7, 1, 1\)"),
-        ({"weight": reals(4, 8, 3, 3)}, ValueError, r"pointwise: weight must be \(Cout, 8, 1, 1\), got \(4, 8, 3, 3\)"),
-        ({"weight": reals(0, 8, 1, 1)}, ValueError, r"pointwise: weight must be \(Cout, 8, 1, 1\), got \(0, 8, 1, 1\)"),
-        ({"bias": reals(8)}, ValueError, r"pointwise: bias must be \(4,\), got \(8,\)"),
-        (
-            {"residual": reals(1, 8, 5, 5)},
-            ValueError,
-            r"pointwise: residual must have the output's shape, \(1, 4, 5, 5\), got \(1, 8, 5, 5\)",
-        ),
-        ({"residual": reals(1, 4, 5, 5).half()}, TypeError, "pointwise: residual must have x's dtype, torch.float32, got torch.float16"),
-        ({"activation": "RELU"}, ValueError, "pointwise: activation must be one of .*, got 'RELU'"),
-    ],
-)
-def test_errors(change, error, message):
-    arguments = {"x": reals(1, 8, 5, 5), "weight": reals(4, 8, 1, 1), "bias": None} | change
-    with pytest.raises(error, match=message):
-        ops.pointwise(**arguments)
-
-
 @every_isa
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(bias):

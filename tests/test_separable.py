@@ -121,22 +121,3 @@ def test_autocast_compile_and_other_dtypes():
     check_autocast(lambda: ops.separable(x, *params), lambda: reference.separable(x, *params))
     check_other_dtypes(ops.separable, reference.separable, [x, *params])
     check_compiled(lambda x: ops.separable(x, *params, stride=2), x)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"depthwise_weight": reals(4, 1, 7, 7)}, r"separable: depthwise_weight must be \(C, 1, 3, 3\) or .*, got \(4, 1, 7, 7\)"),
-        ({"depthwise_bias": reals(3)}, r"separable: depthwise_bias must be \(4,\), got \(3,\)"),
-        ({"pointwise_weight": reals(3, 5, 1, 1)}, r"separable: pointwise_weight must be \(Cout, 4, 1, 1\), got \(3, 5, 1, 1\)"),
-        ({"depthwise_activation": "tanh"}, "separable: depthwise_activation must be one of .*, got 'tanh'"),
-        ({"residual": reals(1, 4, 5, 5)}, r"separable: residual must have the output's shape, \(1, 3, 5, 5\), got \(1, 4, 5, 5\)"),
-        ({"stride": (0, 1)}, r"separable: stride must be at least 1, got \(0, 1\)"),
-        ({"padding": 0, "x": reals(1, 4, 2, 2)}, "separable: the output would have no pixels"),
-    ],
-)
-def test_errors(change, message):
-    names = ("depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias")
-    arguments = {"x": reals(1, 4, 5, 5), **dict(zip(names, weights(4, 3), strict=True))} | change
-    with pytest.raises(ValueError, match=message):
-        ops.separable(**arguments)

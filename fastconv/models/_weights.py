@@ -65,10 +65,20 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"weights: {path} holds no state_dict: {key!r} is a {type(value).__name__}")
+        kind = _not_dense(value)
+        if kind:
+            raise ValueError(f"weights: {path} must hold dense tensors, {key!r} is {kind}")
     state = dict(state)
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _not_dense(value: Tensor) -> str | None:
+    """What kind of tensor has no values to copy, or not the ones it shows."""
+    if value.is_nested or value.layout != torch.strided:
+        return "a nested one" if value.is_nested else str(value.layout)
+    return "on the meta device" if value.is_meta else str(value.dtype) if value.is_quantized else None
 
 
 def _is_path(text: str) -> bool:
@@ -111,11 +121,14 @@ def _download(member: Enum, name: str, progress: bool) -> Mapping[str, Tensor]:
 
 
 def _load_strictly(model: M, state: Mapping[str, Tensor], source: str, name: str) -> M:
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    wrong = [key for key, value in state.items() if key in shapes and shapes[key] != value.shape]
+    own, wrong = model.state_dict(), {}
+    for key, value in state.items():
+        if key in own and own[key].shape != value.shape:
+            wrong[key] = f"{key} is {tuple(value.shape)} and must be {tuple(own[key].shape)}"
+        elif key in own and own[key].is_floating_point() and not value.is_floating_point():
+            wrong[key] = f"{key} is {value.dtype} and must be floating point"
     result = model.load_state_dict({key: value for key, value in state.items() if key not in wrong}, strict=False)
-    problems = [f"{key} is {tuple(state[key].shape)} and must be {tuple(shapes[key])}" for key in wrong]
-    problems += [f"{key} is missing" for key in result.missing_keys if key not in wrong]
+    problems = [*wrong.values(), *(f"{key} is missing" for key in result.missing_keys if key not in wrong)]
     problems += [f"{key} is not in the model" for key in result.unexpected_keys]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""

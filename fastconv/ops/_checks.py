@@ -9,6 +9,7 @@ from torch import Tensor
 from fastconv.reference import ACTIVATIONS
 
 Shape = tuple[int, int, int, int]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch's smaller ones have no convolution
 LIMIT = 2**31  # of strides and paddings: the kernels' sizes stay within 64 bits
 
 
@@ -49,8 +50,8 @@ def image(op: str, x: Tensor, name: str = "x") -> Shape:
     _tensor(op, name, x)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must be (N, C, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{op}: {name} must have channels and pixels, got {tuple(x.shape)}")
     return tuple(x.shape)

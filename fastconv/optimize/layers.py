@@ -123,26 +123,38 @@ class Layer:
             tensors += [self.norm.mean, self.norm.var, self.norm.weight, self.norm.bias]
         return [source for source in tensors if source is not None]
 
+    def factors(self) -> Tensor:
+        """gamma / sqrt(var + eps) in float64, on the CPU, since not every device has it."""
+        scale = (_wide(self.norm.var) + self.norm.eps).rsqrt()
+        return scale if self.norm.weight is None else scale * _wide(self.norm.weight)
+
+    def foldable(self) -> bool:
+        """Whether weights times the norm's factors give the sums times them: infinite ones give Inf there, and NaN here."""
+        return self.norm is None or bool(self.factors().isfinite().all())
+
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight w s and bias beta + (b - mean) s with s = gamma / sqrt(var + eps), computed in float64; as they are without a norm."""
         weight = self.weight.tensor().detach()
         bias = None if self.bias is None else self.bias.tensor().detach()
         if self.norm is None:
             return weight, bias
-
-        def wide(source: Source) -> Tensor:  # on the CPU, since not every device has float64
-            return source.tensor().detach().to("cpu", torch.float64)
-
-        norm = self.norm
-        scale = (wide(norm.var) + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * wide(norm.weight)
-        shift = -wide(norm.mean) if self.bias is None else wide(self.bias) - wide(norm.mean)
+        norm, scale = self.norm, self.factors()
+        shift = -_wide(norm.mean) if self.bias is None else _wide(self.bias) - _wide(norm.mean)
         shift = shift * scale
         if norm.bias is not None:
-            shift = shift + wide(norm.bias)
-        scaled = wide(self.weight) * scale.view(-1, *[1] * (len(self.shape) - 1))
+            shift = shift + _wide(norm.bias)
+        scaled = _wide(self.weight) * scale.view(-1, *[1] * (len(self.shape) - 1))
         return scaled.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
+
+    def check(self) -> None:
+        """Raises ValueError if a bias or a norm does not fit the weight: broadcast, it would give some number."""
+        for vector in self.sources()[1:]:
+            if vector.tensor().shape != (self.channels,):
+                raise ValueError(f"optimize: {vector.key} must be ({self.channels},), got {tuple(vector.tensor().shape)}")
+
+
+def _wide(source: Source) -> Tensor:
+    return source.tensor().detach().to("cpu", torch.float64)
 
 
 class Conv2d:
@@ -170,9 +182,11 @@ class Kernel:
     options: dict[str, Any] = field(default_factory=dict)
     squeeze_excite: tuple[Layer, Layer, str] | None = None
 
+    def every_layer(self) -> list[Layer]:
+        return [layer for layer in (*self.layers, *(self.squeeze_excite or ())[:2]) if layer is not None]
+
     def sources(self) -> list[Source]:
-        layers = (*self.layers, *(self.squeeze_excite or ())[:2])
-        return [source for layer in layers if layer is not None for source in layer.sources()]
+        return [source for layer in self.every_layer() for source in layer.sources()]
 
     def prepare(self, like: Tensor | None, exact: bool) -> Callable[..., Tensor]:
         """The callable that owns the folded and packed weights. like: a tensor of the device and dtype of kernels without weights."""

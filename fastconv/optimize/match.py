@@ -370,8 +370,8 @@ class _Reader:
             eps = values["eps"]
         else:
             return False
-        if _image(x) is None or any(is_given and source is None for source, is_given in zip(sources, given)):
-            return False
+        if _image(x) is None or any(is_given and source is None for source, is_given in zip(sources, given)) or eps < 0:
+            return False  # ATen refuses an eps below 0
         node.meta.update(norm=Norm(*sources, eps), activation=activation, shape=x.meta["shape"], fresh=True)
         return True
 

@@ -128,7 +128,8 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.
     exact: only kernels that add up products directly. Otherwise a fire's 3x3 expand goes through Winograd's F(4x4, 3x3), with 2e-6 to
         3e-6 of the largest output as its error; logits are then within 1e-5 relative, with exact within 1e-6.
-    Raises TypeError if `model` is no torch.nn.Module, `dtype` no floating dtype or `exact` no bool.
+    Raises TypeError if `model` is no torch.nn.Module or holds a sparse tensor, `dtype` is no floating dtype or `exact` no bool, ValueError
+    if a layer's bias or norm does not fit its convolution.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -136,6 +137,9 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
         raise TypeError(f"optimize: dtype must be a floating torch.dtype, got {dtype!r}")
     if not isinstance(exact, bool):
         raise TypeError(f"optimize: exact must be True or False, got {exact!r}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout != torch.strided:  # which torch cannot copy
+            raise TypeError(f"optimize: {name} must be a dense Tensor, got {tensor.layout}")
     fast = OptimizedModule(revert(model).eval(), exact=exact)
     if dtype is not None:
         fast.to(dtype)

@@ -41,10 +41,11 @@ _ANY_FORMAT_FUNCTIONS = {
 
 
 def plain(x: Any) -> bool:
-    """Whether x is an ordinary tensor, outside autocast, forward-mode differentiation, torch.func, torch.compile, export and
+    """Whether x is an ordinary dense tensor, outside autocast, forward-mode differentiation, torch.func, torch.compile, export and
     jit tracing, and without hooks on every module: where a plan computes just what the module would."""
     return (
         type(x) is Tensor
+        and x.layout is torch.strided
         and not torch.compiler.is_compiling()
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -367,7 +368,10 @@ class Plan:
             program = self._program or Program(self.module, self.exact)
             self._program = None
             watch = Watch(self.module, program.sources)
-        if not program.kernels or any(tensor.is_meta for tensor in watch.tensors):
+        layers = [layer for call, _, _ in program.steps if isinstance(call, Kernel) for layer in call.every_layer()]
+        for layer in layers:
+            layer.check()
+        if not program.kernels or any(tensor.is_meta for tensor in watch.tensors) or not all(layer.foldable() for layer in layers):
             return Ready(program, watch, None)
         like = next(iter(watch.tensors), None)
         changed = old.watch.changed(watch) if old and old.steps else None
