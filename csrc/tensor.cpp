@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "kernels/cpu/pack.h"
 
@@ -119,8 +120,31 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
+namespace {
+
+// The stable ABI makes every error one of its own and prints what it was.
+template <class F>
+Tensor or_out_of_memory(const F& f) {
+  try {
+    return f();
+  } catch (const std::runtime_error&) {
+    throw std::bad_alloc();
+  }
+}
+
+}  // namespace
+
+Tensor empty(const Ints& shape, MemoryFormat format) {
+  return or_out_of_memory(
+      [&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
+}
+
+Tensor to_contiguous(const Tensor& x, MemoryFormat format) {
+  return or_out_of_memory([&] { return torch::stable::contiguous(x, format); });
+}
+
 Image::Image(const Tensor& x, bool direct)
-    : tensor(direct || is_channels_last(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
+    : tensor(direct || is_channels_last(x) ? x : to_contiguous(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
 
 namespace {
 
@@ -156,14 +180,11 @@ Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Outp
   const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
-  tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                 channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  tensor_ = empty(shape, channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   advise_huge_pages(data(), tensor_.numel());
 }
 
-Tensor Result::done() const { return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }
-
-Tensor floats(const Ints& shape) { return torch::stable::empty(shape, ScalarType::Float); }
+Tensor Result::done() const { return convert_ ? to_contiguous(tensor_, MemoryFormat::Contiguous) : tensor_; }
 
 Tensor zeros(int64_t count) {
   Tensor tensor = floats({count});
@@ -174,7 +195,7 @@ Tensor zeros(int64_t count) {
 Tensor pack_panels(const Tensor& weight) {
   check(weight.dim() == 4, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
   Tensor panels = floats({panels_for(out_channels), taps * in_channels, PANEL});
   pack_panels(data(dense), out_channels, in_channels, taps, static_cast<float*>(panels.mutable_data_ptr()));
@@ -185,7 +206,7 @@ Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "pack_winograd", "weight must be (Cout, Cin, 3, 3), got ",
         shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   Tensor panels = floats({panels_for(out_channels), 36 * in_channels, PANEL});
   pack_winograd(data(dense), out_channels, in_channels, static_cast<float*>(panels.mutable_data_ptr()));
@@ -195,14 +216,14 @@ Tensor pack_winograd(const Tensor& weight) {
 Tensor pack_taps(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(1) == 1, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
   Tensor packed = floats({taps, channels});
   pack_taps(data(dense), channels, taps, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 
-Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? torch::stable::contiguous(*bias) : zeros(channels); }
+Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? to_contiguous(*bias) : zeros(channels); }
 
 void in_parallel(int64_t work, const std::function<void(const Parallel&)>& f) {
   constexpr int64_t ALONE = 512 * 1024;  // about 4 us; waking a team takes 2 us

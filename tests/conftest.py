@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from harness import ISAS
+from installed import bare, sdist, site, wheel  # noqa: F401  # fixtures
 
 from fastconv import _extension
 
