@@ -559,6 +559,13 @@ BINDINGS = [
         "return tensor_;",
     ),
     binding(
+        "ops.cpp",
+        "tests/test_faults.py -k address_space",
+        "memory that ran out names no operator",
+        'throw fastconv::OutOfMemory(#name ": out of memory");',
+        "throw;",
+    ),
+    binding(
         "depthwise.cpp",
         "tests/test_depthwise.py -k sizes",
         "swapped strides",
