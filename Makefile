@@ -10,7 +10,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test exact sanitize mutants fuzz gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
+.PHONY: help demo test exact sanitize mutants fuzz install-matrix gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ mutants: $(VENV)/.built  ## breaks the sources in a hundred ways and lists which
 
 fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of operators, argument checks and checkpoints (ARGS="--seconds 600 operators"); operators need clang
 	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
+
+install-matrix: $(VENV)/.installed  ## a wheel for each Python found here, tried with torch 2.10, 2.11 and 2.13 where CPU builds are to be had
+	$(BIN)/python tests/install_matrix.py $(ARGS)
 
 bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,6 +41,8 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall"
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 PYTHON_ONLY = ("module", "watch", "benchmark")  # sources of csrc that serve the Python module, not the operators
 HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
+# What checks arguments and lays out memory is hardened; the kernels' inner loops have no arrays that these would guard.
+CHECKED = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
 
 
 def require_toolchain():
@@ -50,6 +53,15 @@ def require_toolchain():
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         raise PlatformError(f"fastconv: no Python headers ({header} not found): install them, e.g. `apt-get install python3-dev`")
+    if find_spec("torch") is None:
+        raise PlatformError("fastconv: no torch in this Python to build against: install it, then `pip install --no-build-isolation .`")
+
+
+def place(built, path):
+    """Puts a finished library into place at once: who imports meanwhile, or after a killed build, never finds half of one."""
+    part = f"{path}.{os.getpid()}.part"
+    shutil.copy2(built, part)
+    os.replace(part, path)
 
 
 class Build(build_ext):
@@ -57,14 +69,13 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         require_toolchain()
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        include = ["."] + include_paths() + [sysconfig.get_paths()["include"]]
+        torch = Path(find_spec("torch").submodule_search_locations[0])  # found, not imported: its headers and libraries suffice
+        include = [".", str(torch / "include"), str(torch / "include/torch/csrc/api/include"), sysconfig.get_paths()["include"]]
         isa_macros = [(f"FASTCONV_HAS_{isa.upper()}", "1") for isa in ISAS]
         all_flags = " ".join(CXX_FLAGS + KERNEL_FLAGS)
         torch_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCONV_CXX_FLAGS", f'"{all_flags}"')]
-        jobs = [(source, isa_macros + torch_macros, CXX_FLAGS, "torch") for source in ext.sources if source.startswith("csrc")]
-        jobs += [(source, isa_macros, CXX_FLAGS + KERNEL_FLAGS, "core") for source in ext.sources if source.startswith("kernels")]
+        jobs = [(source, isa_macros + torch_macros, CXX_FLAGS + CHECKED, "torch") for source in ext.sources if source.startswith("csrc")]
+        jobs += [(source, isa_macros, CXX_FLAGS + KERNEL_FLAGS + CHECKED, "core") for source in ext.sources if source.startswith("kernels")]
         for isa, flags in ISAS.items():
             macros = isa_macros + [("FASTCONV_ISA", isa), (f"FASTCONV_ISA_IS_{isa.upper()}", "1")]
             jobs.append(("kernels/cpu/kernels.cpp", macros, CXX_FLAGS + KERNEL_FLAGS + flags, isa))
@@ -87,21 +98,23 @@ class Build(build_ext):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         operators = [obj for obj in objects if Path(obj).stem not in PYTHON_ONLY]
         for linked, path in ((objects, target), (operators, os.path.join(os.path.dirname(target), self.library))):
+            part = os.path.join(self.build_temp, os.path.basename(path))
             self.compiler.link_shared_object(
                 linked,
-                path,
+                part,
                 libraries=["c10", "torch", "torch_cpu"],
-                library_dirs=library_paths(),
+                library_dirs=[str(torch / "lib")],
                 extra_postargs=HARDENING,
                 target_lang="c++",
             )
+            place(part, path)
 
     library = "libfastconv.so"
 
     def copy_extensions_to_source(self):
-        super().copy_extensions_to_source()
         package = self.get_finalized_command("build_py").get_package_dir("fastconv")
-        self.copy_file(os.path.join(self.build_lib, "fastconv", self.library), os.path.join(package, self.library))
+        for built in self.get_outputs():
+            place(built, os.path.join(package, os.path.basename(built)))
 
     def get_outputs(self):
         return super().get_outputs() + [os.path.join(self.build_lib, "fastconv", self.library)]

@@ -100,7 +100,7 @@ Tensor depthwise_backward_weight(Tensor grad, Tensor x, Ints kernel_size, Ints s
   const int64_t kernel = kernel_size[0];
   if (!covered(op, x) || !kernel_covers(kernel, kernel_size[1], stride, padding)) {
     const Tensor like = torch::stable::empty({in.c, 1, kernel, kernel_size[1]}, x.scalar_type());
-    return torch::stable::contiguous(aten::conv_backward(aten::ConvGradient::weight, grad, x, like, stride, padding, in.c));
+    return to_contiguous(aten::conv_backward(aten::ConvGradient::weight, grad, x, like, stride, padding, in.c));
   }
   const Image arriving(grad), image(x);
   Tensor taps = floats({kernel * kernel, in.c});

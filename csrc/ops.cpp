@@ -1,6 +1,8 @@
 // The operator table: every schema, and the CPU implementation behind it.
 #include "csrc/ops.h"
 
+#include <new>
+
 namespace fastconv {
 
 namespace {
@@ -79,7 +81,33 @@ Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residua
   return result.done();
 }
 
+namespace {
+
+// Memory ran out: MemoryError in Python. Holds a literal, for there is no memory to make a message with.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const char* text) : text_(text) {}
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  const char* text_;
+};
+
+}  // namespace
+
 }  // namespace fastconv
+
+// Says whose memory it was.
+#define IMPLEMENT(name, function)                                                        \
+  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {          \
+    try {                                                                                \
+      TORCH_BOX(function)(stack, arguments, results);                                    \
+    } catch (const std::bad_alloc&) {                                                    \
+      throw fastconv::OutOfMemory(#name ": out of memory");                              \
+    }                                                                                    \
+  });
+#define KERNEL(name) IMPLEMENT(name, &fastconv::name)
+#define PACKING(name) IMPLEMENT(name, static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::name))
 
 STABLE_TORCH_LIBRARY(fastconv, m) {
 #define SCHEMA(text) m.def(text);
@@ -88,38 +116,38 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
-  m.impl("depthwise", TORCH_BOX(&fastconv::depthwise));
-  m.impl("pointwise", TORCH_BOX(&fastconv::pointwise));
-  m.impl("fire_expand", TORCH_BOX(&fastconv::fire_expand));
-  m.impl("fire", TORCH_BOX(&fastconv::fire));
-  m.impl("separable", TORCH_BOX(&fastconv::separable));
-  m.impl("inverted_residual", TORCH_BOX(&fastconv::inverted_residual));
-  m.impl("stem", TORCH_BOX(&fastconv::stem));
-  m.impl("max_pool", TORCH_BOX(&fastconv::max_pool));
-  m.impl("global_avg_pool", TORCH_BOX(&fastconv::global_avg_pool));
-  m.impl("depthwise_backward_input", TORCH_BOX(&fastconv::depthwise_backward_input));
-  m.impl("depthwise_backward_weight", TORCH_BOX(&fastconv::depthwise_backward_weight));
-  m.impl("pack_panels", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_panels)));
-  m.impl("pack_winograd", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_winograd)));
-  m.impl("pack_taps", TORCH_BOX(static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::pack_taps)));
-  m.impl("depthwise_packed", TORCH_BOX(&fastconv::depthwise_packed));
-  m.impl("pointwise_packed", TORCH_BOX(&fastconv::pointwise_packed));
-  m.impl("fire_expand_packed", TORCH_BOX(&fastconv::fire_expand_packed));
-  m.impl("fire_packed", TORCH_BOX(&fastconv::fire_packed));
-  m.impl("inverted_residual_packed", TORCH_BOX(&fastconv::inverted_residual_packed));
-  m.impl("stem_packed", TORCH_BOX(&fastconv::stem_packed));
-  m.impl("network", TORCH_BOX(&fastconv::network));
-  m.impl("program_run", TORCH_BOX(&fastconv::program_run));
-  m.impl("training_conv", TORCH_BOX(&fastconv::training_conv));
-  m.impl("training_activated", TORCH_BOX(&fastconv::training_activated));
-  m.impl("training_means", TORCH_BOX(&fastconv::training_means));
-  m.impl("training_gradient_sums", TORCH_BOX(&fastconv::training_gradient_sums));
-  m.impl("training_max_pool_backward", TORCH_BOX(&fastconv::training_max_pool_backward));
-  m.impl("training_fire", TORCH_BOX(&fastconv::training_fire));
-  m.impl("training_fire_backward", TORCH_BOX(&fastconv::training_fire_backward));
-  m.impl("training_conv_backward", TORCH_BOX(&fastconv::training_conv_backward));
+  KERNEL(depthwise)
+  KERNEL(pointwise)
+  KERNEL(fire_expand)
+  KERNEL(fire)
+  KERNEL(separable)
+  KERNEL(inverted_residual)
+  KERNEL(stem)
+  KERNEL(max_pool)
+  KERNEL(global_avg_pool)
+  KERNEL(depthwise_backward_input)
+  KERNEL(depthwise_backward_weight)
+  PACKING(pack_panels)
+  PACKING(pack_winograd)
+  PACKING(pack_taps)
+  KERNEL(depthwise_packed)
+  KERNEL(pointwise_packed)
+  KERNEL(fire_expand_packed)
+  KERNEL(fire_packed)
+  KERNEL(inverted_residual_packed)
+  KERNEL(stem_packed)
+  KERNEL(network)
+  KERNEL(program_run)
+  KERNEL(training_conv)
+  KERNEL(training_activated)
+  KERNEL(training_means)
+  KERNEL(training_gradient_sums)
+  KERNEL(training_max_pool_backward)
+  KERNEL(training_fire)
+  KERNEL(training_fire_backward)
+  KERNEL(training_conv_backward)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by
-  m.impl("program_new", TORCH_BOX(&fastconv::program_new));
+  KERNEL(program_new)
 }

@@ -124,14 +124,15 @@ class Program {
   }
 
   bool empty() const { return steps_.empty(); }
+  // After the last add().
+  void settle() {
+    join();
+    place();
+  }
 
   // The last step's result is the caller's own, so it stands outside the arena.
   Tensor run(const Tensor& x) {
     check_packed_image(first_op_, x);
-    std::call_once(settled_, [this] {
-      join();
-      place();
-    });
     const int64_t batch = x.size(0);
     const Layout layout = plan({1, x.size(1), x.size(2), x.size(3)});
     const Shape& last = layout.shapes.back();
@@ -282,8 +283,11 @@ class Program {
       }
     }
     ~Lease() {
-      const std::lock_guard<std::mutex> lock(program_.mutex_);
-      program_.idle_.push_back(std::move(arenas_));
+      try {
+        const std::lock_guard<std::mutex> lock(program_.mutex_);
+        program_.idle_.push_back(std::move(arenas_));
+      } catch (const std::bad_alloc&) {  // then the next call makes its own
+      }
     }
     void resize(int64_t threads) {
       if (static_cast<int64_t>(arenas_.size()) < threads) arenas_.resize(threads);
@@ -298,7 +302,6 @@ class Program {
   std::vector<Placed> steps_;
   const char* first_op_ = "program";
   int64_t values_ = 1, slots_ = 1;
-  std::once_flag settled_;
   std::mutex mutex_;
   std::vector<std::vector<Arena>> idle_;
 };
@@ -324,6 +327,7 @@ std::shared_ptr<Program> compile(const std::vector<Tensor>& weights, const std::
   }
   check(!program->empty(), "network", "the program has no steps");  // its result would be its input
   check(next_weight == weights.size(), "network", "the program takes ", next_weight, " weights, got ", weights.size());
+  program->settle();
   return program;
 }
 

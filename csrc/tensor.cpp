@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "kernels/cpu/pack.h"
 
@@ -125,14 +126,24 @@ bool is_channels_last(const Tensor& x) {
 
 namespace {
 
+// The stable ABI makes every error one of its own and prints what it was.
+template <class F>
+Tensor or_out_of_memory(const F& f) {
+  try {
+    return f();
+  } catch (const std::runtime_error&) {
+    throw std::bad_alloc();
+  }
+}
+
 // OpenMP's threads do not survive a fork, and GNU's runtime then waits for them in its next loop, forever: a forked child works alone.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // torch's copy, which is parallel where the image is large.
 Tensor reordered(const Tensor& x, MemoryFormat format) {
-  if (!forked) return torch::stable::contiguous(x, format);
-  Tensor copy = torch::stable::empty(x.sizes(), ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format);
+  if (!forked) return to_contiguous(x, format);
+  Tensor copy = empty(x.sizes(), format);
   const float* const from = data(x);
   float* const to = static_cast<float*>(copy.mutable_data_ptr());
   for (int64_t n = 0; n < x.size(0); ++n)
@@ -145,6 +156,15 @@ Tensor reordered(const Tensor& x, MemoryFormat format) {
 }
 
 }  // namespace
+
+Tensor empty(const Ints& shape, MemoryFormat format) {
+  return or_out_of_memory(
+      [&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
+}
+
+Tensor to_contiguous(const Tensor& x, MemoryFormat format) {
+  return or_out_of_memory([&] { return torch::stable::contiguous(x, format); });
+}
 
 Image::Image(const Tensor& x, bool direct)
     : tensor(direct || is_channels_last(x) ? x : reordered(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
@@ -183,14 +203,11 @@ Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Outp
   const bool same_order = c == 1 || h * w == 1 || n == 0;  // both formats are one order in memory
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
-  tensor_ = torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                 channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  tensor_ = empty(shape, channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   advise_huge_pages(data(), tensor_.numel());
 }
 
 Tensor Result::done() const { return convert_ ? reordered(tensor_, MemoryFormat::Contiguous) : tensor_; }
-
-Tensor floats(const Ints& shape) { return torch::stable::empty(shape, ScalarType::Float); }
 
 Tensor zeros(int64_t count) {
   Tensor tensor = floats({count});
@@ -201,7 +218,7 @@ Tensor zeros(int64_t count) {
 Tensor pack_panels(const Tensor& weight) {
   check(weight.dim() == 4 && weight.numel() > 0, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
   Tensor panels = floats({panels_for(out_channels), taps * in_channels, PANEL});
   pack_panels(data(dense), out_channels, in_channels, taps, static_cast<float*>(panels.mutable_data_ptr()));
@@ -212,7 +229,7 @@ Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
         "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   Tensor panels = floats({panels_for(out_channels), 36 * in_channels, PANEL});
   pack_winograd(data(dense), out_channels, in_channels, static_cast<float*>(panels.mutable_data_ptr()));
@@ -222,14 +239,14 @@ Tensor pack_winograd(const Tensor& weight) {
 Tensor pack_taps(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(1) == 1 && weight.numel() > 0, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
   Tensor packed = floats({taps, channels});
   pack_taps(data(dense), channels, taps, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 
-Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? torch::stable::contiguous(*bias) : zeros(channels); }
+Tensor bias_or_zeros(const OptionalTensor& bias, int64_t channels) { return bias ? to_contiguous(*bias) : zeros(channels); }
 
 void in_parallel(int64_t work, const std::function<void(const Parallel&)>& f) {
   constexpr int64_t ALONE = 512 * 1024;  // about 4 us; waking a team takes 2 us

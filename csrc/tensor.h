@@ -97,7 +97,10 @@ class Result {
   bool convert_;
 };
 
-Tensor floats(const Ints& shape);  // uninitialised fp32
+// torch's own, for arguments that were checked: what can still go wrong is memory, and std::bad_alloc is thrown.
+Tensor empty(const Ints& shape, MemoryFormat format = MemoryFormat::Contiguous);  // uninitialised fp32
+Tensor to_contiguous(const Tensor& x, MemoryFormat format = MemoryFormat::Contiguous);
+inline Tensor floats(const Ints& shape) { return empty(shape); }
 Tensor zeros(int64_t count);
 inline const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 

@@ -50,7 +50,7 @@ void check_shape(const char* op, const char* argument, const Tensor& image, cons
 OptionalTensor by_image(const char* op, const char* argument, const OptionalTensor& tensor, int64_t batch, int64_t channels) {
   if (!tensor) return tensor;
   check_shape(op, argument, *tensor, {batch, channels, 1, 1});
-  return torch::stable::contiguous(*tensor);
+  return to_contiguous(*tensor);
 }
 
 const float* row(const OptionalTensor& norm, NormRow which) { return norm ? data(*norm) + which * norm->size(1) : nullptr; }
@@ -113,7 +113,7 @@ Windows windows(const Geometry& g, const Image& x, const Ints& stride, const Int
 Tensor pack_training_panels(const Tensor& weight, bool transposed, const Parallel& parallel) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t columns = transposed ? inputs : outputs, depth = transposed ? outputs : taps * inputs;
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const float* const w = data(dense);
   Tensor panels = floats({panels_for(columns), depth, PANEL});
   float* const to = mutable_data(panels);
@@ -440,7 +440,7 @@ Tensor pack_training_winograd(const Tensor& weight, const Parallel& parallel) {
 // (E, S, 3, 3) as the convolution that takes dy back: (S, E, 3, 3), its taps turned by half; E up to a multiple of 16, with zeros.
 Tensor flipped(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = to_contiguous(weight);
   const int64_t padded = panels_for(outputs) * PANEL;
   Tensor turned = floats({inputs, padded, 3, 3});
   const float* const from = data(dense);
@@ -477,7 +477,7 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
   check_vector(op, "bias3x3", bias3x3, f.out3);
   const Tensor biases[3] = {bias_or_zeros(squeeze_bias, f.squeezed), bias_or_zeros(bias1x1, f.out1), bias_or_zeros(bias3x3, f.out3)};
   const Image image(x);
-  const Tensor dense = torch::stable::contiguous(weight3x3);
+  const Tensor dense = to_contiguous(weight3x3);
   Tensor z = result_image(op, out, {f.in.n, f.out1 + f.out3, f.in.h, f.in.w});
   in_parallel(f.multiply_adds(), [&](const Parallel& parallel) {
     const Tensor squeeze = pack_training_panels(squeeze_weight, false, parallel), expand = pack_training_panels(weight1x1, false, parallel),

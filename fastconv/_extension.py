@@ -11,6 +11,8 @@
 import os
 import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 BACKENDS = ("auto", "aten", "cpu", "triton")
 INTERFACE = 3  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
@@ -28,15 +30,18 @@ def _requested_backend() -> str:
 
 def _load() -> str | None:
     """Imports fastconv._C, which registers the operators. Returns why it could not, or None."""
-    try:
-        import torch  # noqa: F401  # the extension links to its libraries
+    import torch  # the extension links to its libraries
 
+    try:
         import fastconv._C  # noqa: F401
     except ModuleNotFoundError:
-        return "it was not built"
+        built = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
+        return f"it was built for another Python: {built[0]}, wanted _C{EXTENSION_SUFFIXES[0]}" if built else "it was not built"
     except ImportError as error:
-        if os.environ.get("FASTCONV_ISA"):  # a forced instruction set that cannot serve is an error, never a fallback
+        if str(error).startswith("FASTCONV_ISA"):  # a forced instruction set that cannot serve is an error, never a fallback
             raise RuntimeError(str(error)) from error
+        if "undefined symbol" in str(error):
+            return f"it does not fit torch {torch.__version__} (2.10 or later is needed): {error}"
         return str(error)
     built = getattr(sys.modules["fastconv._C"], "interface", None)
     if built != INTERFACE:

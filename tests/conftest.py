@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import ISAS, using_isa
+from installed import bare, sdist, site, wheel  # noqa: F401  # fixtures
 
 
 @pytest.fixture(autouse=True)

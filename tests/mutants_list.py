@@ -337,7 +337,13 @@ WINOGRAD = [
     core(
         "pack.h", "exact avx2 fire", "a sign of the weight transform", "{-1.0 / 6, 1.0 / 6, -1.0 / 6},", "{-1.0 / 6, -1.0 / 6, -1.0 / 6},"
     ),
-    core("pack.h", "exact avx2 fire", "Winograd panels of the wrong channel", "* PANEL + n % PANEL] =", "* PANEL + c % PANEL] ="),
+    core(
+        "pack.h",
+        "exact avx2 fire",
+        "Winograd panels of the wrong channel",
+        "((g * PANEL + j) * in_channels + c) * 9",
+        "((g * PANEL + c % PANEL) * in_channels + c) * 9",
+    ),
 ]
 
 PACKING = [
@@ -381,7 +387,7 @@ BLOCKS = [
         "op.out += (n * out_height) *",
     ),
     core(
-        "blocks.cpp",
+        "blocks.h",
         "exact avx2 depthwise",
         "rows of the second image not counted anew",
         "f(n, Range{row - n * height, end - n * height});",
@@ -542,15 +548,22 @@ BINDINGS = [
         "tensor.cpp",
         "tests/test_depthwise.py -k any_strides",
         "a strided bias read as dense",
-        "bias ? torch::stable::contiguous(*bias) : zeros(channels)",
+        "bias ? to_contiguous(*bias) : zeros(channels)",
         "bias ? *bias : zeros(channels)",
     ),
     binding(
         "tensor.cpp",
         "tests/test_depthwise.py -k layouts",
         "the result in the wrong format",
-        "return convert_ ? torch::stable::contiguous(tensor_, MemoryFormat::Contiguous) : tensor_;",
+        "return convert_ ? to_contiguous(tensor_, MemoryFormat::Contiguous) : tensor_;",
         "return tensor_;",
+    ),
+    binding(
+        "ops.cpp",
+        "tests/test_faults.py -k address_space",
+        "memory that ran out names no operator",
+        'throw fastconv::OutOfMemory(#name ": out of memory");',
+        "throw;",
     ),
     binding(
         "depthwise.cpp",

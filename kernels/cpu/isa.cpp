@@ -82,7 +82,10 @@ void set_isa(const std::string& name) {
       active.store(entry.kernels);
       return;
     }
-  throw std::invalid_argument("FASTCONV_ISA must be one of " + listed(supported_isas()) + " on this machine, got '" + name + "'");
+  std::string got = name;
+  for (char& c : got)
+    if (c < ' ' || c > '~') c = '?';  // a message that is no UTF-8 would become an error about that
+  throw std::invalid_argument("FASTCONV_ISA must be one of " + listed(supported_isas()) + " on this machine, got '" + got + "'");
 }
 
 void choose_isa() {

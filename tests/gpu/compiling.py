@@ -231,9 +231,9 @@ def key(job: dict) -> str:
     return hashlib.sha256(sources + mine + json.dumps(job, sort_keys=True).encode() + triton.__version__.encode()).hexdigest()
 
 
-def compile_all(known: dict[str, dict]) -> dict[str, dict]:
-    """{key(job): facts} of every job, compiling those missing from `known` in one process per core."""
-    missing = [job for job in jobs() if key(job) not in known]
+def compile_all(wanted: list[dict], known: dict[str, dict]) -> dict[str, dict]:
+    """{key(job): facts} of the jobs, and what is known of others; compiles those missing from `known` in one process per core."""
+    missing = [job for job in wanted if key(job) not in known]
     if not missing:
         return known
     # spawn: triton and torch hold threads that do not survive a fork
@@ -243,6 +243,6 @@ def compile_all(known: dict[str, dict]) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    facts = compile_all({})
+    facts = compile_all(jobs(), {})
     for job in jobs():
         print(f"{name(job):55s}", *(f"{k} {v}" for k, v in facts[key(job)].items()))

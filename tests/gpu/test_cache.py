@@ -69,9 +69,10 @@ def finish(child: subprocess.Popen) -> dict:
     return found
 
 
-def test_processes_share_a_directory(tmp_path):
-    """Four that compile the same at once: each runs, and what they leave behind is whole and used."""
-    children = [start(tmp_path) for _ in range(4)]
+@pytest.mark.parametrize("processes", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_bug_31_processes_share_a_directory(processes, tmp_path):
+    """triton#2688, #11512, PR#4295: a race. All compile the same at once: each runs, and what they leave behind is whole and used."""
+    children = [start(tmp_path) for _ in range(processes)]
     found = [finish(child) for child in children]
     assert not any(result["warnings"] for result in found)
     assert not list(tmp_path.rglob("tmp.pid*"))
