@@ -10,7 +10,7 @@ EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kern
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test exact sanitize mutants fuzz install-matrix gpu peers bench-ops bench-training bench-pointwise lint format wheel clean
+.PHONY: help demo test exact sanitize mutants fuzz install-matrix gpu peers bench-ops bench-training bench-compiled bench-pointwise lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ peers: $(VENV)/.peers  ## six networks in all nine engines, batch 1 and 16: tabl
 
 bench-training: $(VENV)/.built  ## a training step beside eager torch and torch.compile, in turns (ARGS="--nets mobilenet_v2")
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+bench-compiled: $(VENV)/.built  ## calls with and without torch.compile, in turns (ARGS="--nets mobilenet_v2 --training")
+	$(BIN)/python benchmarks/compiled.py $(ARGS)
 
 bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape and ISA
 	$(BIN)/python benchmarks/peak_pointwise.py $(ARGS)
