@@ -5,8 +5,9 @@ namespace fastconv {
 namespace {
 
 // A 1x1 convolution is not a stem: its panels are packed for the pointwise kernel.
-bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w) {
-  return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7 && kernel_h * kernel_w > 1;
+bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w, const Ints& padding) {
+  return in_channels > 0 && in_channels <= 4 && kernel_h <= 7 && kernel_w <= 7 && kernel_h * kernel_w > 1 && padding[0] < kernel_h &&
+         padding[1] < kernel_w;
 }
 
 class StemStep : public Step {
@@ -28,8 +29,9 @@ class StemStep : public Step {
   const char* op() const override { return "stem"; }
   Shape output(const Shape& in) const override {
     check_channels(op(), in, in_channels_);
-    check(covers(in.c, kernel_[0], kernel_[1]), op(), "x must have 1 to 4 channels and kernel_size be 2 to 7, got ", in, " and (",
-          kernel_[0], ", ", kernel_[1], ")");
+    check(covers(in.c, kernel_[0], kernel_[1], padding_), op(),
+          "x must have 1 to 4 channels, kernel_size be 2 to 7 and padding be below it, got ", in, ", (", kernel_[0], ", ", kernel_[1],
+          ") and (", padding_[0], ", ", padding_[1], ")");
     return {in.n, out_channels_, output_size(op(), "height", in.h, kernel_[0], stride_[0], padding_[0]),
             output_size(op(), "width", in.w, kernel_[1], stride_[1], padding_[1])};
   }
@@ -95,7 +97,7 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
   const Activation parsed = parse_activation(op, "activation", activation);
   output_size(op, "height", x.size(2), weight.size(2), stride[0], padding[0]);
   output_size(op, "width", x.size(3), weight.size(3), stride[1], padding[1]);
-  if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3)))
+  if (!covered(op, x) || !covers(x.size(1), weight.size(2), weight.size(3), padding))
     return aten::formatted_like(aten::conv_act(x, weight, bias, stride, padding, 1, activation), x);
   return run_step(
       StemStep(pack_panels(weight), bias_or_zeros(bias, weight.size(0)), {weight.size(2), weight.size(3)}, stride, padding, parsed), x,

@@ -16,7 +16,7 @@ LIMIT = 2**31  # of strides and paddings: the kernels' sizes stay within 64 bits
 def pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
     """An int or a pair of ints, as a pair."""
     both = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
-    if len(both) != 2 or not all(isinstance(one, (int, torch.SymInt)) for one in both):
+    if len(both) != 2 or not all(isinstance(one, (int, torch.SymInt)) and not isinstance(one, bool) for one in both):
         raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
     if both[0] < minimum or both[1] < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value!r}")

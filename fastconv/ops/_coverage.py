@@ -22,6 +22,8 @@ def uncovered(name: str, **arguments) -> str | None:
             return f"{channels} input channels"
         if not 1 < max(kernel) <= 7:
             return f"a {kernel[0]} x {kernel[1]} kernel"
+        if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+            return f"padding {padding} around a {kernel[0]} x {kernel[1]} kernel"
     else:
         if kernel not in ((3, 3), (5, 5)):
             return f"a {kernel[0]} x {kernel[1]} kernel"
