@@ -36,8 +36,9 @@ struct FloatMode {
   uint32_t bits = __builtin_ia32_stmxcsr() & ~STATUS;
   void set() const { __builtin_ia32_ldmxcsr(bits); }
 #elif defined(__aarch64__)
-  uint64_t bits = __builtin_aarch64_get_fpcr64();
-  void set() const { __builtin_aarch64_set_fpcr64(bits); }
+  uint64_t bits;
+  FloatMode() { asm volatile("mrs %0, fpcr" : "=r"(bits)); }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(bits)); }
 #else
   void set() const {}
 #endif
