@@ -76,7 +76,9 @@ def every(name, call, *where):
         if isinstance(got, torch.Tensor):  # it got by without
             assert torch.equal(got, wanted), name
         else:
-            assert isinstance(got, MemoryError) and name in str(got) and "out of memory" in str(got), (name, nth, got)
+            # what is around our operators in a network and in training is torch's own
+            torchs = name in ("program_run", "training_") and "DefaultCPUAllocator: can't allocate memory" in str(got)
+            assert torchs or (isinstance(got, MemoryError) and name in str(got) and "out of memory" in str(got)), (name, nth, got)
             raised += 1
             again, _ = attempt(call, 0, *where)
             assert isinstance(again, torch.Tensor) and torch.equal(again, wanted), (name, nth, again)
@@ -153,7 +155,7 @@ def failing_memory(tmp_path_factory) -> str:
 def test_any_allocation_may_fail(failing_memory):
     """First each of ours, of any size; then each large one that torch makes for us. The error names the operator, the next call works."""
     script = """
-    for where in ((0, b"fastconv/_C"), (16384, None)):
+    for where in ((0, b"fastconv/_C"), (16384, b"libc10.so")):  # where torch allocates tensors
         for name, call in CALLS.items():
             print(name, every(name, call, *where))
     """
@@ -162,7 +164,7 @@ def test_any_allocation_may_fail(failing_memory):
     ours, torchs = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     assert len(ours) == len(torchs) == 17
     assert all(count > 3 for _, count in ours), ours
-    assert all(count > 0 for name, count in torchs if name not in ("global_avg_pool", "depthwise_backward_weight", "pack_taps")), torchs
+    assert all(count > 0 for name, count in torchs if name not in ("pack_panels", "pack_taps")), torchs
 
 
 @needs_extension
