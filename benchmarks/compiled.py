@@ -1,6 +1,6 @@
 """Times our models and optimized ones with and without torch.compile(fullgraph=True), in turns. Usage:
 
-    python benchmarks/compiled.py [--nets mobilenet_v2,...] [--batches 1,16] [--training/--inference] [--threads 2] [--rounds 15] [--json FILE]
+    python benchmarks/compiled.py [--nets mobilenet_v2,...] [--batches 1,16] [--training] [--threads 2] [--rounds 15] [--json FILE]
 
 A ratio is the compiled call's time over the plain one's, the median over the rounds: at most 1 where compiling costs nothing.
 """
@@ -57,7 +57,9 @@ def pairs(net: str, batch: int, training: bool) -> dict[str, tuple[Callable[[], 
 
 
 @click.command()
-@click.option("--nets", default=",".join(fastconv.models.list_models()), metavar="NAME,...", help="Only these networks.  [default: all six]")
+@click.option(
+    "--nets", default=",".join(fastconv.models.list_models()), metavar="NAME,...", help="Only these networks.  [default: all six]"
+)
 @click.option("--batches", default="1,16", show_default=True, metavar="N,...")
 @click.option("--training/--inference", default=False, help="A step (forward, loss, backward) instead.")
 @click.option("--threads", default=2, show_default=True)
