@@ -57,7 +57,9 @@ def pairs(net: str, batch: int, training: bool) -> dict[str, tuple[Callable[[], 
 
 
 @click.command()
-@click.option("--nets", default=",".join(fastconv.models.list_models()), metavar="NAME,...", help="Only these.  [default: all six]")
+@click.option(
+    "--nets", default=",".join(fastconv.models.list_models()), metavar="NAME,...", help="Only these networks.  [default: all six]"
+)
 @click.option("--batches", default="1,16", show_default=True, metavar="N,...")
 @click.option("--training/--inference", default=False, help="A step (forward, loss, backward) instead.")
 @click.option("--threads", default=2, show_default=True)

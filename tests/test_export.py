@@ -294,7 +294,8 @@ def test_an_aotinductor_package_runs_in_a_fresh_process(tmp_path):
     fast = fastconv.optimize(nn.Sequential(*layers).eval())
     program = export(fast)
     assert "fastconv.network.default" in calls(program)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # of the C++ around the operator
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick)
     torch.save((X, run(fast, X)), tmp_path / "data.pt")
     python(RUN_PACKAGE, tmp_path, LIBRARY)
 

@@ -28,9 +28,9 @@ separable = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6, pw_act=True)
 
 
 def v3(channels: int, out: int, stride: int) -> nn.Module:
-    """With squeeze-excitation."""
+    """With squeeze-excitation; its hardsigmoid has no second derivative in torch."""
     config = mobilenetv3.InvertedResidualConfig(channels, 5, 40, out, True, "HS", stride, 1, 1.0)
-    return mobilenetv3.InvertedResidual(config, nn.BatchNorm2d)
+    return mobilenetv3.InvertedResidual(config, nn.BatchNorm2d, partial(torchvision.ops.SqueezeExcitation, scale_activation=nn.Sigmoid))
 
 
 # name: (original, input channels)

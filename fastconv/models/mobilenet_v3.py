@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +116,7 @@ class InvertedResidual(Planned):
         return module
 
     def _forward(self, x: Tensor) -> Tensor:
-        return run(x, self.block, residual=self.use_res_connect)
+        return run(x, self.block, residual=self.use_res_connect, add=operator.iadd)
 
 
 class MobileNetV3(Planned):

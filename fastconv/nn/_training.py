@@ -7,6 +7,7 @@ and what batch norm and activation make of it is made again inside the kernels t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,13 +56,15 @@ class Layer:
         return (self.conv.weight, self.conv.bias, *((None, None) if norm is None else (norm.weight, norm.bias)))
 
 
-def run(x: Tensor, modules: nn.Sequential, residual: bool = False) -> Tensor:
-    """modules(x), with x added if `residual`: through the training kernels where they cover x and every module, or as it is."""
+def run(x: Tensor, modules: nn.Sequential, residual: bool = False, add: Callable[[Tensor, Tensor], Tensor] = operator.add) -> Tensor:
+    """modules(x), with x added if `residual`: through the training kernels where they cover x and every module, or as it is.
+
+    add: how the original adds x, which counts where it has another dtype than the modules' output."""
     y = _trained(x, modules, residual)
     if y is not None:
         return y
     y = modules(x)
-    return x + y if residual else y
+    return add(y, x) if residual else y
 
 
 def run_each(x: Tensor, modules: Iterable[nn.Module], residual: bool = False) -> Tensor:
