@@ -143,7 +143,7 @@ std::atomic<bool> forked{false};
 // torch's copy, which is parallel where the image is large.
 Tensor reordered(const Tensor& x, MemoryFormat format) {
   if (!forked) return to_contiguous(x, format);
-  Tensor copy = empty(x.sizes(), format);
+  Tensor copy = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, format);
   const float* const from = data(x);
   float* const to = static_cast<float*>(copy.mutable_data_ptr());
   for (int64_t n = 0; n < x.size(0); ++n)
