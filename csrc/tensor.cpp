@@ -135,8 +135,7 @@ Tensor or_out_of_memory(const F& f) {
 }  // namespace
 
 Tensor empty(const Ints& shape, MemoryFormat format) {
-  return or_out_of_memory(
-      [&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
+  return or_out_of_memory([&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
 }
 
 Tensor to_contiguous(const Tensor& x, MemoryFormat format) {
