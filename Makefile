@@ -54,12 +54,12 @@ bench-pointwise: $(VENV)/.built  ## percent of the core's FMA peak per 1x1 shape
 lint: $(VENV)/.dev  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/fuzz/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/core/failing_memory.cpp tests/fuzz/*.cpp)
 
 format: $(VENV)/.dev  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/fuzz/*.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp kernels/cpu/*.h kernels/cpu/*.cpp tests/core/exact.cpp tests/core/failing_memory.cpp tests/fuzz/*.cpp)
 
 wheel: $(VENV)/.installed  ## a wheel for this machine's Python, in dist/
 	rm -rf build/lib.* build/bdist.*

@@ -20,8 +20,6 @@ void check_channels(const char* op, const Shape& x, int64_t channels) {
   check(x.c == channels, op, "x must have ", channels, " channels, got ", x);
 }
 
-void check_some_pixels(const char* op, const Shape& x) { check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x); }
-
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth) {
   check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ",
         shape_of{bias});
@@ -105,7 +103,7 @@ class OutOfMemory : public std::bad_alloc {
     } catch (const std::bad_alloc&) {                                           \
       throw fastconv::OutOfMemory(#name ": out of memory");                     \
     }                                                                           \
-  });
+  })
 #define KERNEL(name) IMPLEMENT(name, &fastconv::name)
 #define PACKING(name) IMPLEMENT(name, static_cast<fastconv::Tensor (*)(const fastconv::Tensor&)>(&fastconv::name))
 
@@ -115,15 +113,39 @@ STABLE_TORCH_LIBRARY(fastconv, m) {
 #undef SCHEMA
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m){
-    KERNEL(depthwise) KERNEL(pointwise) KERNEL(fire_expand) KERNEL(fire) KERNEL(separable) KERNEL(inverted_residual) KERNEL(stem)
-        KERNEL(max_pool) KERNEL(global_avg_pool) KERNEL(depthwise_backward_input) KERNEL(depthwise_backward_weight) PACKING(pack_panels)
-            PACKING(pack_winograd) PACKING(pack_taps) KERNEL(depthwise_packed) KERNEL(pointwise_packed) KERNEL(fire_expand_packed)
-                KERNEL(fire_packed) KERNEL(inverted_residual_packed) KERNEL(stem_packed) KERNEL(network) KERNEL(program_run)
-                    KERNEL(training_conv) KERNEL(training_activated) KERNEL(training_means) KERNEL(training_gradient_sums)
-                        KERNEL(training_max_pool_backward) KERNEL(training_fire) KERNEL(training_fire_backward)
-                            KERNEL(training_conv_backward)}
+STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
+  KERNEL(depthwise);
+  KERNEL(pointwise);
+  KERNEL(fire_expand);
+  KERNEL(fire);
+  KERNEL(separable);
+  KERNEL(inverted_residual);
+  KERNEL(stem);
+  KERNEL(max_pool);
+  KERNEL(global_avg_pool);
+  KERNEL(depthwise_backward_input);
+  KERNEL(depthwise_backward_weight);
+  PACKING(pack_panels);
+  PACKING(pack_winograd);
+  PACKING(pack_taps);
+  KERNEL(depthwise_packed);
+  KERNEL(pointwise_packed);
+  KERNEL(fire_expand_packed);
+  KERNEL(fire_packed);
+  KERNEL(inverted_residual_packed);
+  KERNEL(stem_packed);
+  KERNEL(network);
+  KERNEL(program_run);
+  KERNEL(training_conv);
+  KERNEL(training_activated);
+  KERNEL(training_means);
+  KERNEL(training_gradient_sums);
+  KERNEL(training_max_pool_backward);
+  KERNEL(training_fire);
+  KERNEL(training_fire_backward);
+  KERNEL(training_conv_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {  // no tensor to choose a device by
-  KERNEL(program_new)
+  KERNEL(program_new);
 }

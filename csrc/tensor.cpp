@@ -158,8 +158,7 @@ Tensor reordered(const Tensor& x, MemoryFormat format) {
 }  // namespace
 
 Tensor empty(const Ints& shape, MemoryFormat format) {
-  return or_out_of_memory(
-      [&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
+  return or_out_of_memory([&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
 }
 
 Tensor to_contiguous(const Tensor& x, MemoryFormat format) {
