@@ -20,6 +20,8 @@ void check_channels(const char* op, const Shape& x, int64_t channels) {
   check(x.c == channels, op, "x must have ", channels, " channels, got ", x);
 }
 
+void check_some_pixels(const char* op, const Shape& x) { check(x.h > 0 && x.w > 0, op, "x has no output pixels: ", x); }
+
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth) {
   check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ",
         shape_of{bias});
