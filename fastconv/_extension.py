@@ -35,8 +35,9 @@ def _load() -> str | None:
     try:
         import fastconv._C  # noqa: F401
     except ModuleNotFoundError:
+        wanted = f"_C{EXTENSION_SUFFIXES[0]}"
         built = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
-        return f"it was built for another Python: {built[0]}, wanted _C{EXTENSION_SUFFIXES[0]}" if built else "it was not built"
+        return f"it was built for another Python: {built[0]}, wanted {wanted}" if built and wanted not in built else "it was not built"
     except ImportError as error:
         if str(error).startswith("FASTCONV_ISA"):  # a forced instruction set that cannot serve is an error, never a fallback
             raise RuntimeError(str(error)) from error

@@ -102,7 +102,8 @@ def notice(mutant: Mutant, extension: list[Extension]) -> str | None:
     if kind in ("exact", "check_kernels"):
         arguments = rest.split()
         isa = arguments[0]
-        program = programs.build(kind, [isa], [*programs.QUICK, "-w"], root=TREE)
+        isas = list(dict.fromkeys(["scalar", isa]))  # the core always has the scalar kernels
+        program = programs.build(kind, isas, [*programs.QUICK, "-w"], root=TREE)
         if kind == "check_kernels":
             return run([str(program)])
         shares = ("60", "3")  # most are caught by a few shapes

@@ -115,7 +115,7 @@ def compiled_anew():
     try:
         return torch.ops.fastconv.program_run(image, number)
     finally:
-        torch.ops.fastconv.program_free(number)
+        fastconv._C.program_free(number)
 
 CALLS = {
     "depthwise": lambda: ops.depthwise(x, taps, activation="relu"),
