@@ -54,7 +54,9 @@ def extension_jobs() -> list[tuple[list[str], Path, str]]:
     jobs = programs.core_jobs(["scalar"], flags, TREE)
     include = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     torch_flags = [*jobs[-1][0], *include, "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DFASTCONV_CXX_FLAGS=""']
-    return [*jobs, *((torch_flags, source, source.stem) for source in sorted((TREE / "csrc").glob("*.cpp")))]
+    there = {source for _, source, _ in jobs}
+    rest = [source for folder in ("kernels/cpu", "csrc") for source in sorted((TREE / folder).glob("*.cpp")) if source not in there]
+    return [*jobs, *((torch_flags, source, source.stem) for source in rest)]
 
 
 class Extension:
@@ -76,11 +78,13 @@ class Extension:
             header = changed is not None and changed.endswith(".h")
             if source == changed or (header and (source.startswith("kernels") or not changed.startswith("kernels"))):
                 objects[i] = programs.compile_one([*cxx, *job[0]], job[1], OBJECTS, job[2])
-        libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
+        libraries = ["-Wl,--no-as-needed", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
         built = programs.link([*cxx, "-shared", *libraries], objects, OBJECTS, "extension")
         for old in (TREE / "fastconv").glob("_C*.so"):
             old.unlink()
         shutil.copy(built, TREE / "fastconv" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+        # An extension that does not load would leave everything to ATen, and every mutant alive.
+        subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", "import fastconv"], cwd=TREE, check=True)
 
 
 def run(command: list[str], **environment: str) -> str | None:
