@@ -810,7 +810,7 @@ PLANS = [
     ),
     python(
         "optimize/match.py",
-        "tests/test_optimize.py -k 'near or structure'",
+        "tests/test_optimize.py -k dropout_in_training",
         "dropout in training mode left out",
         "(forward in _DROPOUT_MODULES and not module.training)",
         "(forward in _DROPOUT_MODULES)",

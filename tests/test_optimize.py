@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastconv.models import squeezenet1_1
+from fastconv.models import mobilenet_v2, squeezenet1_1
 from fastconv.models._torchvision import import_torchvision
 from fastconv.optimize import explain, optimize, revert
 from fastconv.optimize.layers import Kernel
@@ -239,6 +239,10 @@ MATCHED = {
         ),
         "separable conv2d",
     ),
+    "residual_around_a_dilated_convolution": (
+        lambda: Net(lambda m, x: m.b(m.a(x)) + x, a=conv(8, 8, 3, dilation=2, padding=2), b=conv(8, 8)),
+        "conv2d pointwise",
+    ),
     "separable": (lambda: nn.Sequential(depthwise(8), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 16), nn.ReLU6()), "separable"),
     "separable_bare": (lambda: nn.Sequential(depthwise(8), conv(8, 16)), "separable"),
     "two_separables": (
@@ -357,6 +361,9 @@ NEAR_MISSES = {
     "norm_of_the_batch": (lambda: nn.Sequential(conv(8, 8), nn.BatchNorm2d(8, track_running_stats=False)), "pointwise"),
     "norm_first": (lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)), "pointwise"),
     "activation_before_norm": (lambda: nn.Sequential(conv(8, 8), nn.ReLU(), nn.BatchNorm2d(8)), "pointwise"),
+    "norm_of_a_value_read_twice": (lambda: Net(lambda m, x: (lambda y: (m.n(y), y))(m.c(x)), c=conv(8, 8), n=nn.BatchNorm2d(8)), "pointwise"),
+    "activation_of_a_value_read_twice": (lambda: Net(lambda m, x: (lambda y: (F.relu(y), y))(m.c(x)), c=conv(8, 8)), "pointwise"),
+    "sum_after_activation": (lambda: Net(lambda m, x: F.relu(m.c(x)) + x, c=conv(8, 8)), "pointwise"),
     "unknown_activation": (lambda: nn.Sequential(depthwise(8), nn.LeakyReLU(), conv(8, 16)), "depthwise pointwise"),
     "other_clamp": (lambda: Net(lambda m, x: m.c(x).clamp(0, 5), c=conv(8, 8)), "pointwise"),
     "other_hardtanh": (lambda: nn.Sequential(conv(8, 8), nn.Hardtanh(-6, 6)), "pointwise"),
@@ -396,6 +403,10 @@ NEAR_MISSES = {
     "fire_the_other_way_round": (
         lambda: fire(lambda m, x: (lambda s: torch.cat([F.relu(m.three(s)), F.relu(m.one(s))], 1))(F.relu(m.squeeze(x)))),
         "pointwise stem pointwise",
+    ),
+    "fire_of_two_squeezes": (
+        lambda: fire(lambda m, x: torch.cat([F.relu(m.one(F.relu(m.squeeze(x)))), F.relu(m.three(F.relu(m.squeeze(-x))))], 1)),
+        "pointwise pointwise pointwise stem",
     ),
     "fire_dilated": (
         lambda: fire(lambda m, x: expands(m, F.relu(m.squeeze(x))), three=conv(4, 12, 3, dilation=2, padding=2)),
@@ -725,6 +736,24 @@ def test_function_transforms():
     with torch.no_grad():
         torch.testing.assert_close(torch.func.jvp(fast, (X,), (tangent,)), torch.func.jvp(plain, (X,), (tangent,)))
         torch.testing.assert_close(torch.func.vmap(fast)(X[None]), run(fast, X)[None])
+        weights = {name: torch.stack([weight, 2 * weight]) for name, weight in fast.named_parameters()}
+        ensemble = torch.func.vmap(lambda own: torch.func.functional_call(fast, own, (X,)))(weights)
+        for i, actual in enumerate(ensemble):
+            expected = torch.func.functional_call(plain, {name: weight[i] for name, weight in weights.items()}, (X,))
+            torch.testing.assert_close(actual, expected)
+
+
+def test_dropout_in_training_mode_stays():
+    """Monte Carlo dropout: a model in eval mode whose dropout is not. (optimize's copies are in eval mode throughout.)"""
+    model = mobilenet_v2(num_classes=5).eval()
+    model.classifier[0].train()
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(1)
+    actual = run(model, x)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert error(actual, model._forward(x)) < 1e-5
+    assert not torch.equal(run(model, x), actual)
 
 
 def test_autocast_and_compile():
