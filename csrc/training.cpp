@@ -520,7 +520,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
   Tensor dx = needs_input ? result_image(op, out, f.in) : nothing();
   Tensor dsqueeze = floats({f.squeezed, f.in.c, 1, 1}), dsqueeze_bias = floats({f.squeezed});
   Tensor dweight1 = floats({f.out1, f.squeezed, 1, 1}), dbias1 = floats({f.out1});
-  Tensor product3 = floats({f.out3, 9 * f.squeezed}), dbias3 = floats({f.out3}), sums = floats({2, f.squeezed});
+  Tensor dweight3 = floats({f.out3, f.squeezed, 3, 3}), dbias3 = floats({f.out3}), sums = floats({2, f.squeezed});
   const Tensor turned = flipped(weight3x3);
   // The squeezed image, made again, and its gradient.
   Tensor squeezed = floats({f.pixels, f.squeezed}), dsqueezed = floats({f.pixels, f.squeezed});
@@ -546,10 +546,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
     run_window_backward(
         {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(direct), data(winograd), data(zeros), mutable_data(dsqueezed), f.squeezed},
         parallel);
-    const WindowRows windows({data(squeezed), f.in.h, f.in.w, f.squeezed, f.in.h, f.in.w, 3, 3, 1, 1, 1, 1});
-    run_product_backward({f.in.n, image_pixels, expand(f.out1, f.out3), &windows, mutable_data(product3), mutable_data(dbias3), nullptr,
-                          nullptr, nullptr, nullptr, 9 * f.squeezed, nothing_more},
-                         parallel);
+    run_window_gradient(
+        {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(squeezed), f.squeezed, mutable_data(dweight3), mutable_data(dbias3)},
+        parallel);
     const PixelRows middle_rows(middle, image_pixels);
     const Tensor panels1 = pack_training_panels(weight1x1, true, parallel);
     run_product_backward({f.in.n,
@@ -577,7 +576,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
                          parallel);
   });
   std::memcpy(mutable_data(dsqueeze_bias), data(sums), f.squeezed * sizeof(float));
-  Tensor dweight3 = unpack_windows(product3, f.squeezed, 3, 3);
   return {returned(out, dx), dsqueeze, dsqueeze_bias, dweight1, dbias1, dweight3, dbias3};
 }
 

@@ -1,9 +1,22 @@
 """Fixtures for every test."""
 
+import os
+
 import pytest
 import torch
 from harness import ISAS, using_isa
 from installed import bare, sdist, site, wheel  # noqa: F401  # fixtures
+
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is nobody's worker: pytest-benchmark would not measure
+
+
+def pytest_collection_modifyitems(items):
+    """Under pytest-xdist (`make test`) one worker runs all that share a built wheel, and one all that takes minutes or much memory."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("slow"))
+        elif {"sdist", "wheel", "site"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("wheel"))
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,9 @@ def python(file: str, test: str, breaks: str, find: str, replace: str) -> Mutant
     return Mutant(f"fastconv/{file}", breaks, find, replace, f"pytest {test}")
 
 
+TILES_TEST = "pytest tests/test_training_kernels.py -k tiles"
+KERNELS_TEST = "pytest tests/test_training_kernels.py tests/test_training.py"
+
 DEPTHWISE = [
     core(
         "depthwise.h",
@@ -521,6 +524,51 @@ BLOCKS = [
     ),
 ]
 
+TRAINING = [
+    core("winograd_gradient.h", TILES_TEST, "a sign of the gradient transform", "out[4] = c - e;", "out[4] = c + e;"),
+    core("winograd_gradient.h", TILES_TEST, "a factor of the tap transform", "a + c * (1.0f / 24.0f)", "a + c * (1.0f / 12.0f)"),
+    core("winograd_gradient.h", TILES_TEST, "taps put where they are added", "store(tap, load(tap) + to[j]);", "store(tap, to[j]);"),
+    core("training.cpp", TILES_TEST, "a tile's halo one row low", "row = h - 1 + i, left", "row = h + i, left"),
+    core("training.cpp", TILES_TEST, "the bias from another plane", "dy_tiles + 7 * plane_tiles", "dy_tiles + 8 * plane_tiles"),
+    core(
+        "training.cpp",
+        TILES_TEST,
+        "infinite gradients through the tiles",
+        "moderate && k.all_moderate(z + i",
+        "true || k.all_moderate(z + i",
+    ),
+    core(
+        "training.cpp",
+        TILES_TEST,
+        "the last run left out",
+        "for (int64_t r = 0; r < runs; ++r) {\n            const float* const from",
+        "for (int64_t r = 0; r + 1 < runs; ++r) {\n            const float* const from",
+    ),
+    core("training.cpp", TILES_TEST, "a cut row starts with the row", "w = first * 4, width", "w = 0 * first, width"),
+    core("gradient.h", KERNELS_TEST, "relu's slope at zero", "return t <= 0.0f ? vec{} : dz;", "return t < 0.0f ? vec{} : dz;"),
+    core("gradient.h", KERNELS_TEST, "hardswish's slope", "dz * (t * (1.0f / 3.0f) + 0.5f)", "dz * (t * (1.0f / 6.0f) + 0.5f)"),
+    core("gradient.h", KERNELS_TEST, "variance about a first guess of the mean", "all - sums * sums * each", "all"),
+    core(
+        "gradient.h", KERNELS_TEST, "the last of several maxima", "(value > best) | (value != value)", "(value >= best) | (value != value)"
+    ),
+    core(
+        "gradient.h",
+        KERNELS_TEST,
+        "the gradient's mean not subtracted",
+        "factor * ((dz - offset) - (y - mean) * slope)",
+        "factor * (dz - (y - mean) * slope)",
+    ),
+    core("training.cpp", KERNELS_TEST, "means of parts joined unweighted", "static_cast<double>(count(i)) / pixels", "1.0 / number"),
+    core("training.cpp", KERNELS_TEST, "rows of a stride-2 gradient not spread", "if (dy.next % op.stride_h == 0) {", "if (true) {"),
+    core(
+        "training.cpp",
+        KERNELS_TEST,
+        "a strip's sums lost at an image's end",
+        "return {first + begin, first + (i % per + 1) * in_image / per};",
+        "return {first + begin, first + ((i % per + 1) * in_image - 1) / per};",
+    ),
+]
+
 BINDINGS = [
     binding(
         "tensor.cpp",
@@ -888,4 +936,4 @@ PLANS = [
     ),
 ]
 
-MUTANTS = [*DEPTHWISE, *TILES, *VECTORS, *CONVOLUTIONS, *WINOGRAD, *PACKING, *BLOCKS, *BINDINGS, *PLANS]
+MUTANTS = [*DEPTHWISE, *TILES, *VECTORS, *CONVOLUTIONS, *WINOGRAD, *PACKING, *BLOCKS, *TRAINING, *BINDINGS, *PLANS]

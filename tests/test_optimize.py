@@ -361,7 +361,10 @@ NEAR_MISSES = {
     "norm_of_the_batch": (lambda: nn.Sequential(conv(8, 8), nn.BatchNorm2d(8, track_running_stats=False)), "pointwise"),
     "norm_first": (lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8)), "pointwise"),
     "activation_before_norm": (lambda: nn.Sequential(conv(8, 8), nn.ReLU(), nn.BatchNorm2d(8)), "pointwise"),
-    "norm_of_a_value_read_twice": (lambda: Net(lambda m, x: (lambda y: (m.n(y), y))(m.c(x)), c=conv(8, 8), n=nn.BatchNorm2d(8)), "pointwise"),
+    "norm_of_a_value_read_twice": (
+        lambda: Net(lambda m, x: (lambda y: (m.n(y), y))(m.c(x)), c=conv(8, 8), n=nn.BatchNorm2d(8)),
+        "pointwise",
+    ),
     "activation_of_a_value_read_twice": (lambda: Net(lambda m, x: (lambda y: (F.relu(y), y))(m.c(x)), c=conv(8, 8)), "pointwise"),
     "sum_after_activation": (lambda: Net(lambda m, x: F.relu(m.c(x)) + x, c=conv(8, 8)), "pointwise"),
     "unknown_activation": (lambda: nn.Sequential(depthwise(8), nn.LeakyReLU(), conv(8, 16)), "depthwise pointwise"),

@@ -18,6 +18,7 @@ from fastconv import models
 from fastconv.models._torchvision import import_torchvision
 from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
 from fastconv.nn import Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, PointwiseConv2d
+from fastconv.nn._training import TrainedSequential
 
 try:
     torchvision = import_torchvision()
@@ -200,6 +201,8 @@ def conv_norm(*layers: nn.Module) -> nn.Sequential:
         (lambda: conv_norm(nn.Hardswish()), Conv2dNormActivation),
         (lambda: nn.Conv2d(8, 8, 5, 2, 2, groups=8), DepthwiseConv2d),
         (lambda: nn.Conv2d(8, 12, 1), PointwiseConv2d),
+        (lambda: nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Flatten()), TrainedSequential),
+        (lambda: nn.Sequential(nn.Tanh(), nn.MaxPool2d(3, 2)), TrainedSequential),
     ],
 )
 def test_a_model_that_is_one_layer(build, kind):
@@ -393,6 +396,19 @@ def test_references_held_elsewhere_see_the_replaced_layers():
 
 
 # Hooks
+
+
+def test_a_hook_inside_a_sequential_sees_what_it_saw():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 4, 1))
+    original, seen, expected = copy.deepcopy(model), [], []
+    for net, values in ((model, seen), (original, expected)):
+        for i in (1, 2):
+            net[i].register_forward_hook(lambda module, args, y, values=values: values.append(y.detach()))
+    assert type(fastconv.replace(model)) is TrainedSequential
+    x = torch.randn(2, 3, 17, 16)
+    assert close(model(x), original(x))
+    assert len(seen) == len(expected) == 2
+    assert all(map(close, seen, expected))
 
 
 def test_a_layers_own_hooks_stay_with_it():

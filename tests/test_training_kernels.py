@@ -153,6 +153,96 @@ def test_outputs_may_be_written_to(name):
     assert not results or torch.equal(*results)
 
 
+@pytest.mark.parametrize(
+    ("channels", "shape"),
+    [
+        ((5, 3, 2, 7), (3, 9, 13)),
+        ((8, 16, 16, 130), (2, 13, 13)),  # three blocks of outputs, the last with two
+        ((8, 70, 4, 33), (5, 7, 6)),
+        ((4, 8, 4, 20), (1, 5, 283)),  # a row of 71 tiles
+        ((4, 130, 1, 48), (9, 4, 4)),
+        ((16, 16, 64, 64), (2, 55, 55)),
+    ],
+    ids=str,
+)
+def test_weights_of_a_fire_by_tiles(channels, shape, isa, poison):
+    """However outputs, rows of tiles and their runs are cut. The bound is Winograd's (decision 6), of the largest value."""
+    inputs, squeezed, one, three = channels
+    (n, h, w), outputs = shape, one + three
+    x, dz, z = (torch.randn(n, c, h, w).contiguous(memory_format=torch.channels_last) for c in (inputs, outputs, outputs))
+    squeeze, bias, weight1x1, weight3x3 = (
+        torch.randn(size) for size in ((squeezed, inputs, 1, 1), (squeezed,), (one, squeezed, 1, 1), (three, squeezed, 3, 3))
+    )
+    *_, dweight, dbias = torch.ops.fastconv.training_fire_backward(dz, z, x, squeeze, bias, weight1x1, weight3x3, False, None)
+    middle = nn.functional.conv2d(x.double(), squeeze.double(), bias.double()).relu()
+    through = torch.where(z <= 0, 0.0, dz)[:, one:].double()
+    expected = torch.nn.grad.conv2d_weight(middle, weight3x3.shape, through, padding=1)
+    for ours, truth in ((dweight, expected), (dbias, through.sum((0, 2, 3)))):
+        assert (ours - truth).abs().max() < 5e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e32], ids=str)
+def test_tiles_with_huge_numbers_are_summed_directly(bad, isa):
+    """As plain torch does, class by class: a pixel does not spread over its tile's taps."""
+    fire = randomised(fastconv.nn.Fire(4, 6, 5, 9)).train()
+    with torch.no_grad():
+        fire.squeeze.weight[2] = torch.eye(4)[1][:, None, None]  # one squeezed channel reads one of x's
+        fire.squeeze.weight[torch.arange(6) != 2, 1] = 0
+    x = torch.randn(2, 4, 14, 11)
+    x[0, 1, 0, 0] = bad  # in a corner, where five of the nine taps never see it
+    dz = torch.randn(2, 14, 14, 11)
+    weight = fire.expand3x3.weight
+    y = fire(x)
+    ours = torch.autograd.grad(y, weight, dz)[0]
+    squeezed = torch.relu(nn.functional.conv2d(x, fire.squeeze.weight, fire.squeeze.bias))
+    through = torch.where(y[:, 5:].detach() <= 0, 0.0, dz[:, 5:])
+    theirs = torch.nn.grad.conv2d_weight(squeezed, weight.shape, through, padding=1)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isinf(), theirs.isinf())
+    fine = theirs.abs() < 1e10
+    assert 0 < fine.sum() < fine.numel()
+    torch.testing.assert_close(ours[fine], theirs[fine], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("p", [0.5, 0.3])
+def test_dropout_draws_torchs_numbers(layout, p, monkeypatch):
+    x = torch.randn(4, 129, 13, 13).contiguous(memory_format=layout).requires_grad_()  # two chunks and a piece
+    dropout = TrainedSequential(nn.Dropout(p))
+    calls = []
+    monkeypatch.setattr(_training._Dropout, "apply", lambda *args, real=_training._Dropout.apply: calls.append(1) or real(*args))
+    results = []
+    for module in (dropout, nn.Dropout(p)):
+        torch.manual_seed(3)
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y)), torch.rand(3)))
+    assert calls == [1]
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+    dropout.eval()
+    assert torch.equal(dropout(x), x)
+    assert calls == [1]
+
+
+def test_dropout_is_torchs_where_its_numbers_are_others(monkeypatch):
+    monkeypatch.setattr(_training, "_uniform_is_bernoulli", lambda: False)
+    monkeypatch.setattr(_training._Dropout, "apply", None)
+    assert TrainedSequential(nn.Dropout(0.5))(torch.ones(1, 64, 40, 40)).unique().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("size", [1, (1, 1)])
+def test_the_gradient_of_a_global_average_is_channels_last(size):
+    x = torch.randn(3, 20, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pool, dz = nn.AdaptiveAvgPool2d(size), torch.randn(3, 20, 1, 1, requires_grad=True)
+    (ours,) = torch.autograd.grad(TrainedSequential(pool)(x), x, dz)
+    (theirs,) = torch.autograd.grad(pool(x), x, dz)
+    assert torch.equal(ours, theirs)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    (first,) = torch.autograd.grad(TrainedSequential(pool)(x), x, dz, create_graph=True)
+    assert torch.equal(torch.autograd.grad(first.sum(), dz)[0], torch.ones_like(dz))
+
+
 def test_statistics_far_from_zero():
     """A mean of 1000 deviations: sums of squares alone would lose the variance."""
     layer = fastconv.nn.conv_norm.Conv2dNormActivation(8, 8, 1).train()

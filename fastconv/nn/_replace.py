@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
 from fastconv.nn._conv import KernelConv2d
+from fastconv.nn._training import TrainedSequential
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.depthwise import DepthwiseConv2d
 from fastconv.nn.fire import Fire
@@ -36,7 +37,8 @@ def replace(model: M) -> M:
     hooks and state_dict keys stay the very same objects and names, so optimizers, wrappers and checkpoints made before keep working.
     Outermost first: Fire, InvertedResidual (MobileNet V2's and V3's) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own
     class of the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and
-    activation; then depthwise and 1x1 convolutions. Within a block only such Sequentials are replaced, as its constructor would have it.
+    activation; then depthwise and 1x1 convolutions; last the Sequentials that hold a stem, a 1x1 convolution or a 3x3 max pool, as
+    SqueezeNet's. Within a block only Sequentials of the first kind are replaced, as its constructor would have it.
 
     Left alone: what no twin fits; classes with methods of their own, whose behaviour a twin would drop; modules whose forward was
     replaced; blocks and Sequentials with a hook on a module inside them (their inner layers are then taken one by one, so that the hook
@@ -63,6 +65,8 @@ def _walk(module: nn.Module, kinds: Kinds, seen: set[tuple[nn.Module, Kinds]]) -
     for child in module._modules.values():
         if child is not None and inside:
             _walk(child, inside, seen)
+    if kinds is _KINDS and type(module) is nn.Sequential and "forward" not in module.__dict__ and TrainedSequential.serves(module):
+        module.__class__ = TrainedSequential
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> bool:

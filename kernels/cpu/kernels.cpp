@@ -6,7 +6,7 @@
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/stem.h"
-#include "kernels/cpu/winograd.h"
+#include "kernels/cpu/winograd_gradient.h"
 
 #define FASTCONV_STRING_(x) #x
 #define FASTCONV_STRING(x) FASTCONV_STRING_(x)
@@ -67,6 +67,9 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       product_gradient,
                       depthwise_gradient,
                       max_pool_gradient,
+                      window_inputs,
+                      window_gradients,
+                      window_taps,
                       fma_chains,
                       read_stream,
                       copy_stream};

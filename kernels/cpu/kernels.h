@@ -174,6 +174,15 @@ struct ProductGradient {
   int64_t sums_stride;
 };
 
+// A row of tiles on their way into Winograd's sums (winograd_gradient.h). Whole vectors of channels.
+struct WindowTiles {
+  const float* x;
+  int64_t x_stride, x_row_stride;  // floats between pixels and between rows
+  int64_t channels, tiles;
+  float* out;
+  int64_t out_stride, plane;  // floats between tiles and between the 36 planes
+};
+
 // sums[tap, c] += sum over output pixels of dy * z under that tap. Images are blocked, in rings of rows; output pixel (h, w) of dy stands
 // at row h * stride_h, pixel w * stride_w: where the input gradient, a convolution of stride 1 over the same buffer, wants it.
 struct DepthwiseGradient {
@@ -236,6 +245,10 @@ struct Kernels {
   void (*product_gradient)(const ProductGradient&);
   void (*depthwise_gradient)(const DepthwiseGradient&, Range out_rows);
   void (*max_pool_gradient)(const MaxPoolGradient&);
+  // winograd_gradient.h
+  void (*window_inputs)(const WindowTiles&);
+  void (*window_gradients)(const WindowTiles&);
+  void (*window_taps)(const float* sums, int64_t inputs, int64_t outputs, float* taps, int64_t taps_stride);
   // peak.h
   double (*fma_chains)(int64_t iterations, float* sink);
   void (*read_stream)(const float* x, int64_t count, float* sink);

@@ -284,6 +284,136 @@ void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
 
 namespace {
 
+// Rows of tiles, no more than TILES of them at a time, of which as many make a strip: their transformed inputs and gradients, and the 36
+// sums, stand in L2 together. A long row of tiles is cut.
+struct TileStrips {
+  static constexpr int64_t TILES = 32, SUMS = 64 * 64;  // SUMS: inputs x outputs of a plane
+  int64_t rows, across, tiles, units, each, number;     // tiles: of a unit, the most
+  TileStrips(int64_t batch, int64_t height, int64_t width) {
+    rows = ceil_div(height, 4);
+    const int64_t row = ceil_div(width, 4);
+    across = ceil_div(row, TILES);
+    tiles = ceil_div(row, across);
+    units = batch * rows * across;
+    each = TILES / tiles;
+    number = ceil_div(units, each);
+  }
+};
+
+}  // namespace
+
+void run_window_gradient(const WindowGradient& op, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  const TileStrips strips(op.batch, op.height, op.width);
+  const int64_t inputs = op.inputs, outputs = op.gradient.channels, image_pixels = op.height * op.width, row_tiles = ceil_div(op.width, 4);
+  // Outputs go in blocks, each with transformed inputs of its own: all sums at once would not fit L2.
+  const int64_t panels = panels_for(outputs), most = std::clamp<int64_t>(TileStrips::SUMS / (padded(inputs) * PANEL), 1, 4);
+  const int64_t blocks = ceil_div(panels, most), block = ceil_div(panels, blocks) * PANEL;
+  const int64_t runs = std::min(strips.number, std::max<int64_t>(16 / blocks, 4));
+  const int64_t taps_stride = blocks * block, taps = 9 * inputs * taps_stride;
+  float* const parts = shared_scratch.floats(runs * (taps + taps_stride));  // a run's taps, and its bias
+
+  parallel.pieces(runs * blocks, runs * blocks, [&](Range pieces, int64_t) {
+    const int64_t in = padded(inputs), plane_tiles = strips.each * strips.tiles;
+    const int64_t z_row = (4 * strips.tiles + 2) * in, dy_row = 4 * strips.tiles * block, window_stride = padded(9 * inputs);
+    constexpr int64_t WINDOWS = 16;
+    const int64_t z_tile = in | PANEL, dy_tile = block | PANEL;  // an odd number of cache lines, as strips
+    float* const sums = private_scratch.floats(36 * (inputs * block + plane_tiles * (z_tile + dy_tile)) + 6 * z_row + 4 * dy_row + block +
+                                               WINDOWS * window_stride);
+    float* const z_tiles = sums + 36 * inputs * block;
+    float* const dy_tiles = z_tiles + 36 * plane_tiles * z_tile;
+    float* const z = dy_tiles + 36 * plane_tiles * dy_tile;
+    float* const dy = z + 6 * z_row;
+    float* const strip_bias = dy + 4 * dy_row;
+    float* const windows = strip_bias + block;
+    const WindowRows rows({op.z, op.height, op.width, inputs, op.height, op.width, 3, 3, 1, 1, 1, 1});
+    std::vector<double> bias(block);
+    for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
+      const int64_t run = piece / blocks, first_output = piece % blocks * block;
+      float* const part = parts + run * (taps + taps_stride) + first_output;
+      for (int64_t i = 0; i < 9 * inputs; ++i) std::memset(part + i * taps_stride, 0, block * sizeof(float));
+      std::memset(sums, 0, 36 * inputs * block * sizeof(float));
+      std::fill(bias.begin(), bias.end(), 0.0);
+      Gradient gradient = op.gradient;
+      gradient.dz += first_output;
+      gradient.y += first_output;
+      gradient.channels = std::min(block, outputs - first_output);
+      for (int64_t strip = run * strips.number / runs; strip < (run + 1) * strips.number / runs; ++strip) {
+        int64_t done = 0;
+        std::memset(strip_bias, 0, block * sizeof(float));
+        for (int64_t unit = strip * strips.each; unit < std::min(strips.units, (strip + 1) * strips.each); ++unit) {
+          const int64_t n = unit / (strips.rows * strips.across), h = unit / strips.across % strips.rows * 4;
+          const int64_t part_of_row = unit % strips.across;
+          const int64_t first = part_of_row * row_tiles / strips.across, tiles = (part_of_row + 1) * row_tiles / strips.across - first;
+          const int64_t w = first * 4, width = std::min(op.width - w, tiles * 4), height = std::min<int64_t>(op.height - h, 4);
+          for (int64_t i = 0; i < 4; ++i) {
+            float* const to = dy + i * dy_row;
+            if (i < height) k.gradient(at(gradient, n * image_pixels + (h + i) * op.width + w, n), width, to, block);
+            const int64_t real = i < height ? width : 0;
+            std::memset(to + real * block, 0, (tiles * 4 - real) * block * sizeof(float));
+            // Lanes beyond the last panel's outputs hold zeros; panels beyond them nothing yet.
+            if (const int64_t own = padded(gradient.channels); own < block)
+              for (int64_t p = 0; p < real; ++p) std::memset(to + p * block + own, 0, (block - own) * sizeof(float));
+          }
+          for (int64_t i = 0; i < 6; ++i) {
+            float* to = z + i * z_row;
+            const int64_t row = h - 1 + i, left = std::max<int64_t>(w - 1, 0), right = std::min(op.width, w + tiles * 4 + 1);
+            std::memset(to, 0, (tiles * 4 + 2) * in * sizeof(float));
+            if (row < 0 || row >= op.height) continue;
+            const float* const from = op.z + (n * image_pixels + row * op.width) * inputs;
+            for (int64_t x = left; x < right; ++x) std::memcpy(to + (x - w + 1) * in, from + x * inputs, inputs * sizeof(float));
+          }
+          bool moderate = true;
+          for (int64_t i = 0; i < 6; ++i) moderate = moderate && k.all_moderate(z + i * z_row, (tiles * 4 + 2) * in);
+          for (int64_t i = 0; i < 4; ++i) moderate = moderate && k.all_moderate(dy + i * dy_row, tiles * 4 * block);
+          if (moderate) {
+            k.window_inputs({z, in, z_row, in, tiles, z_tiles + done * z_tile, z_tile, plane_tiles * z_tile});
+            k.window_gradients({dy, block, dy_row, block, tiles, dy_tiles + done * dy_tile, dy_tile, plane_tiles * dy_tile});
+            done += tiles;
+            continue;
+          }
+          for (int64_t i = 0; i < height; ++i) {
+            const int64_t pixel = n * image_pixels + (h + i) * op.width + w;
+            k.sum_pixels(dy + i * dy_row, block, width, block, strip_bias);
+            for (int64_t p = 0; p < width; p += WINDOWS) {
+              const int64_t count = std::min(WINDOWS, width - p);
+              rows.rows({pixel + p, pixel + p + count}, windows, window_stride);
+              k.product_gradient({windows, window_stride, dy + i * dy_row + p * block, block, count, 9 * inputs, block, part, taps_stride});
+            }
+          }
+        }
+        for (int64_t i = 0; i < 36; ++i)
+          k.product_gradient({z_tiles + i * plane_tiles * z_tile, z_tile, dy_tiles + i * plane_tiles * dy_tile, dy_tile, done, inputs,
+                              block, sums + i * inputs * block, block});
+        // Row and column 1 of A are ones: that plane holds each tile's sum.
+        k.sum_pixels(dy_tiles + 7 * plane_tiles * dy_tile, dy_tile, done, block, strip_bias);
+        for (int64_t j = 0; j < block; ++j) bias[j] += strip_bias[j];
+      }
+      k.window_taps(sums, inputs, block, part, taps_stride);
+      float* const bias_part = parts + run * (taps + taps_stride) + taps + first_output;
+      for (int64_t j = 0; j < block; ++j) bias_part[j] = static_cast<float>(bias[j]);
+    }
+  });
+
+  parallel.split(panels, 1, 1, [&](Range range) {
+    for (int64_t n = range.begin * PANEL; n < std::min(range.end * PANEL, outputs); n += PANEL) {
+      const int64_t lanes = std::min(PANEL, outputs - n);
+      for (int64_t k = 0; k < inputs; ++k)
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          float sum[PANEL] = {};
+          for (int64_t r = 0; r < runs; ++r) {
+            const float* const from = parts + r * (taps + taps_stride) + (tap * inputs + k) * taps_stride + n;
+            for (int64_t j = 0; j < PANEL; ++j) sum[j] += from[j];
+          }
+          for (int64_t j = 0; j < lanes; ++j) op.dweight[((n + j) * inputs + k) * 9 + tap] = sum[j];
+        }
+    }
+  });
+  add_sums(parts + taps, runs, outputs, taps + taps_stride, op.dbias, parallel);
+}
+
+namespace {
+
 // Rows of an image that one piece of a depthwise convolution makes: all, or as many as leave enough pieces for the threads of a large
 // machine.
 int64_t rows_a_piece(int64_t batch, int64_t height) {

@@ -94,6 +94,17 @@ struct WindowBackward {
 };
 void run_window_backward(const WindowBackward& op, const Parallel& parallel);
 
+// The weights' gradient of the same convolution, by Winograd's tiles; where a number is infinite, NaN or huge, directly.
+struct WindowGradient {
+  int64_t batch, height, width;
+  Gradient gradient;  // of the output; of a layer without norm
+  const float* z;     // the input; pixels dense
+  int64_t inputs;
+  float* dweight;  // (outputs, inputs, 3, 3)
+  float* dbias;    // outputs
+};
+void run_window_gradient(const WindowGradient& op, const Parallel& parallel);
+
 // image: as the convolution reads it, gate null; geometry: taps, bias, sizes and out (pixels dense); x and its strides are not used.
 void run_training_depthwise(const Activated& image, const Depthwise& geometry, int64_t batch, int64_t out_height,
                             const Statistics& statistics, const Parallel& parallel);

@@ -41,32 +41,35 @@ struct Transformed {
   FASTCONV_INLINE int64_t floats() const { return 36 * plane; }
 };
 
+// B^T d B of one tile and vector of channels, to 36 places `plane` apart.
+FASTCONV_INLINE void transform_tile(const float* x, int64_t row_stride, int64_t stride, int64_t lanes, float* out, int64_t plane) {
+  vec rows[6][6];  // B^T d
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    vec column[6], to[6];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * row_stride + j * stride, lanes);
+    input_transform(column, to);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) {
+    vec line[6];
+    input_transform(rows[i], line);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * plane, line[j], lanes);
+  }
+}
+
 // To places from `first` on. Tiles count through the image, row by row.
 inline void transform_tiles(const PaddedConv& op, Range tiles, const Transformed& to, int64_t first) {
   const int64_t tiles_w = ceil_div(op.out_width, 4);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first) {
     const float* x = op.x + tile / tiles_w * 4 * op.x_row_stride + tile % tiles_w * 4 * op.x_stride;
-    for (int64_t c = 0; c < op.in_channels; c += W) {
-      const int64_t left = op.in_channels - c;
-      float* out = to.data + c / PANEL * to.block + c % PANEL + first * PANEL;
-      vec rows[6][6];  // B^T d
-#pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) {
-        vec column[6], to[6];
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) column[i] = load_up_to(x + i * op.x_row_stride + j * op.x_stride + c, left);
-        input_transform(column, to);
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) rows[i][j] = to[i];
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
-        vec line[6];
-        input_transform(rows[i], line);
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store_up_to(out + (i * 6 + j) * to.plane, line[j], left);
-      }
-    }
+    for (int64_t c = 0; c < op.in_channels; c += W)
+      transform_tile(x + c, op.x_row_stride, op.x_stride, op.in_channels - c, to.data + c / PANEL * to.block + c % PANEL + first * PANEL,
+                     to.plane);
   }
 }
 
@@ -142,10 +145,10 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
   }
 }
 
-// Tiles transformed at a time.
+// Tiles transformed at a time. Each pass reads all weights, so the few tiles that one more pass would be for join the others.
 FASTCONV_INLINE int64_t winograd_at_once(const PaddedConv& op, int64_t tiles) {
-  const int64_t most = WINOGRAD_INPUT_FLOATS / (36 * op.in_channels);
-  return tiles < most ? tiles : most > 1 ? most : 1;
+  const int64_t most = WINOGRAD_INPUT_FLOATS / (36 * op.in_channels) + 1, passes = (2 * tiles + most) / (2 * most);
+  return ceil_div(tiles, passes > 1 ? passes : 1);
 }
 
 // Tiles [tiles.begin, tiles.end); outputs beyond the image are left out. op.panels are pack_winograd's. Scratch: winograd_scratch floats.

@@ -3,7 +3,6 @@
 TRITON_INTERPRET has to be set before triton is imported, so the checks run in a child pytest on this same file.
 """
 
-import concurrent.futures
 import copy
 import importlib.metadata
 import os
@@ -245,16 +244,11 @@ else:
     @pytest.mark.skipif(
         version("triton") < (3, 7) and version("numpy") >= (2, 4), reason="before 3.7, triton's interpreter needs numpy < 2.4"
     )
-    def test_in_children_with_the_interpreter():
-        """Two at a time: the interpreter uses one core."""
+    @pytest.mark.parametrize("selected", ["fire", "not fire"])
+    def test_in_a_child_with_the_interpreter(selected):
         environment = os.environ | {"TRITON_INTERPRET": "1", "FASTCONV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-
-        def run(selected):
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
-            return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for child in pool.map(run, ("fire", "not fire")):
-                assert child.returncode == 0, child.stdout[-8000:]
-                assert " passed" in child.stdout
-                assert "skipped" not in child.stdout
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
+        child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert child.returncode == 0, child.stdout[-8000:]
+        assert " passed" in child.stdout
+        assert "skipped" not in child.stdout
