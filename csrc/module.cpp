@@ -48,7 +48,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled kernels";
   fastconv::choose_isa();
-  m.attr("interface") = 3;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
+  m.attr("interface") = 4;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
   m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
   m.def("set_isa", &fastconv::set_isa, py::arg("name"),
@@ -61,6 +61,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("budget") = 0.2, "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
   // No operator: a finalizer runs wherever the garbage collector does, and a tracer at work there would record it.
+  m.def("advise_huge_pages", &fastconv::advise_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Asks the system for huge pages, which it may refuse, where a block of memory has room for them.");
   m.def("program_free", &fastconv::program_free, py::arg("program"), "Forgets a program of torch.ops.fastconv.program_new.");
   py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),

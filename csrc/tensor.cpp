@@ -168,19 +168,13 @@ Tensor to_contiguous(const Tensor& x, MemoryFormat format) {
 Image::Image(const Tensor& x, bool direct)
     : tensor(direct || is_channels_last(x) ? x : reordered(x, MemoryFormat::ChannelsLast)), data(fastconv::data(tensor)) {}
 
-namespace {
-
-// Large outputs on huge pages: a fresh 73 MB one (SqueezeNet 1.0's stem, batch 16) costs 18 thousand page faults on small ones.
-void advise_huge_pages(const float* data, int64_t count) {
+void advise_huge_pages(uintptr_t begin, uintptr_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + count * sizeof(float);
-  const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = (begin + bytes) / HUGE_PAGE * HUGE_PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
 }
-
-}  // namespace
 
 float* Arena::floats(int64_t count) {
   if (count > capacity_) {
@@ -192,7 +186,7 @@ float* Arena::floats(int64_t count) {
     data_.reset(static_cast<float*>(std::aligned_alloc(alignment, bytes)));
     if (!data_) throw std::bad_alloc();
     capacity_ = static_cast<int64_t>(bytes / sizeof(float));
-    advise_huge_pages(data_.get(), capacity_);
+    advise_huge_pages(reinterpret_cast<uintptr_t>(data_.get()), bytes);
   }
   return data_.get();
 }
@@ -203,7 +197,7 @@ Result::Result(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& x, Outp
   convert_ = !channels_last && !same_order;
   const Ints shape{n, c, h, w};
   tensor_ = empty(shape, channels_last || convert_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  advise_huge_pages(data(), tensor_.numel());
+  advise_huge_pages(reinterpret_cast<uintptr_t>(data()), tensor_.numel() * sizeof(float));
 }
 
 Tensor Result::done() const { return convert_ ? reordered(tensor_, MemoryFormat::Contiguous) : tensor_; }

@@ -71,6 +71,9 @@ struct Image {
 
 enum class Output { like_input, channels_last };
 
+// For large blocks: a fresh output of 73 MB (SqueezeNet 1.0's stem, batch 16) costs 18 thousand page faults on small pages.
+void advise_huge_pages(uintptr_t begin, uintptr_t bytes);
+
 // A block that keeps its memory from one call to the next and grows to the largest need seen.
 class Arena {
  public:

@@ -216,6 +216,9 @@ def call(op, device):
     return lambda x: run(x, *w, "relu")
 
 
+SLOW_IN_THE_INTERPRETER = ("separable", "fire", "fire_pool")  # to try with every tile
+
+
 class BlockChecks:
     """The tests themselves, for a subclass that says where (`device`) and has a fixture `dtype`."""
 
@@ -261,7 +264,7 @@ class BlockChecks:
         sentinel(monkeypatch)
         CHECKS[op](torch.float32, self.device, globals()[op.upper()][1], False)
 
-    @pytest.mark.parametrize("op", OPS)
+    @pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow) if op in SLOW_IN_THE_INTERPRETER else op for op in OPS])
     def test_every_tile(self, op, monkeypatch):
         """Each tile of the tables gives the right result, whatever shapes the tables choose it for."""
         sentinel(monkeypatch)

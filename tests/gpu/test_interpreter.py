@@ -65,7 +65,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             x = x + self.project(y * self.gate(y))
             return self.last(self.pool(self.fire(x)))
 
-    @pytest.mark.parametrize("form", ["fused", "in parts", "through cuDNN"])
+    @pytest.mark.parametrize("form", ["fused", *(pytest.param(form, marks=pytest.mark.slow) for form in ("in parts", "through cuDNN"))])
     def test_an_optimized_network(form, monkeypatch):
         """Every block of a plan through its kernel, in each form; explain names them; changed weights are noticed."""
         from fastconv.kernels.gpu import blocks, model
@@ -244,10 +244,12 @@ else:
     @pytest.mark.skipif(
         version("triton") < (3, 7) and version("numpy") >= (2, 4), reason="before 3.7, triton's interpreter needs numpy < 2.4"
     )
-    @pytest.mark.parametrize("selected", ["fire", "not fire"])
+    @pytest.mark.parametrize(
+        "selected", [("-k", "fire"), ("-k", "not fire"), pytest.param(("-m", "slow"), marks=pytest.mark.slow)], ids=" ".join
+    )
     def test_in_a_child_with_the_interpreter(selected):
         environment = os.environ | {"TRITON_INTERPRET": "1", "FASTCONV_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *selected]
         child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert child.returncode == 0, child.stdout[-8000:]
         assert " passed" in child.stdout
