@@ -596,6 +596,12 @@ void pointwise_cases() {
     for (const int64_t in : {1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 64})
       for (const int64_t out : {1, 3, 7, 8, 9, 15, 16, 17, 24, 25, 31, 33, 40, 48, 56, 72})
         check<PointwiseOp>({"pointwise", 1, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}, EVERY, epilogues);
+  // Work enough for a team to share, by pixels and by channels.
+  for (const int64_t pixels : {1, 5, 13, 28, 49, 100})
+    for (const int64_t in : {250, 600})
+      for (const int64_t out : {96, 520, 1000})
+        check<PointwiseOp>({"pointwise", 1, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}, {LAYOUTS[0], LAYOUTS[1], LAYOUTS[2]},
+                           each({Activation::relu}, true));
 }
 
 void stem_cases() {
@@ -681,6 +687,15 @@ void inverted_residual_cases() {
               p.between = ALL[turn++ % 3];
               check<BlockOp>(p, layouts, epilogues);
             }
+  // Weights that do not fit L2: a thread takes its images together.
+  for (const auto& [h, w] : {std::array<int64_t, 2>{7, 7}, {4, 5}, {3, 3}})
+    for (const int64_t in : {64, 70})
+      for (const int64_t n : {5, 7})
+        for (const Window& at : WINDOWS) {
+          Problem p{"inverted_residual", n, h, w, in, 640, 160, at.kernel, at.sh, at.sw, at.pad, at.pad};
+          p.between = ALL[turn++ % 3];
+          check<BlockOp>(p, {LAYOUTS[0], LAYOUTS[2]}, each({Activation::none}, true));
+        }
 }
 
 struct Lattice {
