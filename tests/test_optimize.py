@@ -239,10 +239,6 @@ MATCHED = {
         ),
         "separable conv2d",
     ),
-    "residual_around_a_dilated_convolution": (
-        lambda: Net(lambda m, x: m.b(m.a(x)) + x, a=conv(8, 8, 3, dilation=2, padding=2), b=conv(8, 8)),
-        "conv2d pointwise",
-    ),
     "separable": (lambda: nn.Sequential(depthwise(8), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 16), nn.ReLU6()), "separable"),
     "separable_bare": (lambda: nn.Sequential(depthwise(8), conv(8, 16)), "separable"),
     "two_separables": (
@@ -324,6 +320,24 @@ def test_matched_by_structure(name):
     assert kernels(fast) == Counter(expected.split())
 
 
+@pytest.mark.parametrize(("padding", "fused"), [(2, True), (1, False)])
+def test_a_residual_needs_the_same_shape(padding, fused):
+    """Around a dilated convolution: the sum is the 1x1's where the padding keeps the size, and broadcasts where one pixel is left."""
+    model = randomise(
+        Net(
+            lambda m, x: (lambda y: m.b(m.middle(y)) + y)(m.a(x)),
+            a=conv(8, 8),
+            middle=conv(8, 8, 3, dilation=2, padding=padding),
+            b=conv(8, 8),
+        )
+    )
+    fast = optimize(model)
+    x = torch.randn(2, 8, 3, 3)
+    assert error(run(fast, x), run(model, x)) < 1e-6
+    last = next(reversed([node for node in fast.plan.program.graph.nodes if isinstance(node.target, Kernel)]))
+    assert (len(last.args) == 2) == fused
+
+
 class Scaled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
@@ -366,7 +380,10 @@ NEAR_MISSES = {
         "pointwise",
     ),
     "activation_of_a_value_read_twice": (lambda: Net(lambda m, x: (lambda y: (F.relu(y), y))(m.c(x)), c=conv(8, 8)), "pointwise"),
-    "sum_after_activation": (lambda: Net(lambda m, x: F.relu(m.c(x)) + x, c=conv(8, 8)), "pointwise"),
+    "sum_after_activation": (
+        lambda: Net(lambda m, x: (lambda y: F.relu(m.b(y)) + y)(m.a(x)), a=conv(8, 8), b=conv(8, 8)),
+        "pointwise pointwise",
+    ),
     "unknown_activation": (lambda: nn.Sequential(depthwise(8), nn.LeakyReLU(), conv(8, 16)), "depthwise pointwise"),
     "other_clamp": (lambda: Net(lambda m, x: m.c(x).clamp(0, 5), c=conv(8, 8)), "pointwise"),
     "other_hardtanh": (lambda: nn.Sequential(conv(8, 8), nn.Hardtanh(-6, 6)), "pointwise"),
