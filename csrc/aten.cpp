@@ -25,7 +25,7 @@ Tensor call(const char* op, const char* overload, const Args&... args) {
 }
 
 // ATen's convolution misreads views of one channel whose pixels are apart, (1, 1, 1, 5) of strides (20, 1, 20, 4), at stride 3.
-Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
+Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : to_contiguous(x); }
 
 }  // namespace
 
