@@ -76,13 +76,13 @@ FASTCONV_INLINE vec value_at(vec t) {
 template <Activation A>
 FASTCONV_INLINE vec through_slope(vec dz, vec t) {
   if constexpr (A == Activation::relu) return t <= 0.0f ? vec{} : dz;
-  if constexpr (A == Activation::relu6) return (t > 0.0f) & (t < 6.0f) ? dz : vec{};
+  if constexpr (A == Activation::relu6) return ((t > 0.0f) & (t < 6.0f)) ? dz : vec{};
   if constexpr (A == Activation::hardswish) {
     const vec middle = dz * (t * (1.0f / 3.0f) + 0.5f);
     const vec y = t >= 3.0f ? dz : middle;
     return t <= -3.0f ? vec{} : y;
   }
-  if constexpr (A == Activation::hardsigmoid) return (t > -3.0f) & (t < 3.0f) ? dz * (1.0f / 6.0f) : vec{};
+  if constexpr (A == Activation::hardsigmoid) return ((t > -3.0f) & (t < 3.0f)) ? dz * (1.0f / 6.0f) : vec{};
   if constexpr (A == Activation::silu) {
     const vec s = activate(t, Activation::sigmoid);
     return dz * s * (1.0f + t * (1.0f - s));

@@ -97,7 +97,7 @@ FASTCONV_INLINE vec maximum(vec a, vec b) { return _mm512_mask_mov_ps(_mm512_max
 #elif defined(FASTCONV_ISA_IS_AVX2)
 FASTCONV_INLINE vec maximum(vec a, vec b) { return _mm256_blendv_ps(_mm256_max_ps(b, a), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
 #else
-FASTCONV_INLINE vec maximum(vec a, vec b) { return (b > a) | (b != b) ? b : a; }
+FASTCONV_INLINE vec maximum(vec a, vec b) { return ((b > a) | (b != b)) ? b : a; }
 #endif
 
 // NaN in v stays NaN: x86's max and min return their second operand when either is NaN; the plain comparison is then false.
