@@ -10,13 +10,22 @@ from installed import bare, sdist, site, wheel  # noqa: F401  # fixtures
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is nobody's worker: pytest-benchmark would not measure
 
 
+# What takes long to make, and one of pytest-xdist's workers makes for all tests that read it: fixtures of the session, by group, and of a file.
+OF_THE_SESSION = {"sdist": "wheel", "wheel": "wheel", "site": "wheel", "facts": "compile", "chosen": "compile"}
+OF_A_FILE = {"alone", "damaged", "failing_memory", "guarded", "launches", "pair"}
+
+
 def pytest_collection_modifyitems(items):
-    """Under pytest-xdist (`make test`) one worker runs all that share a built wheel, and one all that takes minutes or much memory."""
+    """Under pytest-xdist (`make test`): groups that one worker runs. What takes minutes or much memory runs one after another."""
     for item in items:
+        names = set(item.fixturenames)
+        group = next((OF_THE_SESSION[name] for name in OF_THE_SESSION if name in names), None)
+        if group is None and OF_A_FILE & names:
+            group = item.path.name
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("slow"))
-        elif {"sdist", "wheel", "site"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("wheel"))
+            group = "slow"
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Every tile that ships, compiled for sm_80, sm_90 and gfx942 with no GPU: no spills, shared memory that fits, wide loads, matrix units.
 
-Every third in the default run, of each operation and architecture some; the others with `-m slow`.
+Every sixth in the default run, of each operation and architecture some; the others with `-m slow`.
 """
 
 import compiling
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 REGISTERS = {"sm_80": 65536, "sm_90": 65536, "gfx942": 4 * 64 * 512}
 TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync"), "gfx942": ("mfma",)}
-JOBS = [job if number % 3 == 0 else pytest.param(job, marks=pytest.mark.slow) for number, job in enumerate(compiling.jobs())]
+JOBS = [job if number % 6 == 0 else pytest.param(job, marks=pytest.mark.slow) for number, job in enumerate(compiling.jobs())]
 
 
 @pytest.fixture(scope="session")
