@@ -10,7 +10,7 @@ from installed import bare, sdist, site, wheel  # noqa: F401  # fixtures
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is nobody's worker: pytest-benchmark would not measure
 
 
-# Fixtures that take long to make: one of pytest-xdist's workers makes them, for all tests that read them. Of the session, by group, and of a
+# Fixtures that take long to make: one of pytest-xdist's workers makes them, for all tests that read them. Of the session, by group; of a
 # file.
 OF_THE_SESSION = {"sdist": "wheel", "wheel": "wheel", "site": "wheel", "facts": "compile", "chosen": "compile"}
 OF_A_FILE = {"alone", "damaged", "failing_memory", "guarded", "launches", "pair"}
