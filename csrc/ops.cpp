@@ -74,6 +74,7 @@ Tensor run_step(const Step& step, const Tensor& x, const OptionalTensor& residua
     added.emplace(*residual);
   }
   Result result(out.n, out.c, out.h, out.w, x, output);
+  if (in.n == 0) return result.done();  // no images, and no memory for steps to point into
   in_parallel(step.multiply_adds(in, out), [&](const Parallel& parallel) {
     step.run({image.data, in, in.c, direct}, channels_last(added ? added->data : nullptr, out), channels_last(result.data(), out),
              parallel);
