@@ -60,9 +60,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pointwise_gflops", &fastconv::pointwise_gflops, py::arg("pixels"), py::arg("in_channels"), py::arg("out_channels"),
         py::arg("budget") = 0.2, "Best GFLOP/s of the pointwise kernel on one core within a budget of seconds.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
-  // No operator: a finalizer runs wherever the garbage collector does, and a tracer at work there would record it.
   m.def("advise_huge_pages", &fastconv::advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Asks the system for huge pages, which it may refuse, where a block of memory has room for them.");
+  // No operator: a finalizer runs wherever the garbage collector does, and a tracer at work there would record it.
   m.def("program_free", &fastconv::program_free, py::arg("program"), "Forgets a program of torch.ops.fastconv.program_new.");
   py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),

@@ -107,6 +107,8 @@ def notice(mutant: Mutant, extension: list[Extension]) -> str | None:
         arguments = rest.split()
         # The core always has the scalar kernels, which show most mutants, and compile in half the time; by a few shapes, too.
         tries = [(["scalar"], "60"), (["scalar", arguments[0]], "60"), (["scalar", arguments[0]], "3")]
+        if kind == "check_kernels":  # which has no shares
+            tries.pop()
         for isas, share in tries[arguments[0] == "scalar" :]:
             program = programs.build(kind, list(dict.fromkeys(isas)), [*programs.QUICK, "-w"], root=TREE)
             options = [] if kind == "check_kernels" else ["--op", arguments[1], "--one-in", share]
