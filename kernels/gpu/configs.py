@@ -105,6 +105,65 @@ class BlockTile:
         return -(-(-(-height // self.run) * width) // self.lanes)
 
 
+@dataclass(frozen=True)
+class StagedTile:
+    """Output rows in strips of `run`, by columns; `depth` channels of the region that they read in shared memory at a time (`staged`).
+
+    spare: a channel of the expansion is left over for its bias, where that doubles what it is padded to. registers: at most, of a thread;
+    0 for as many as it takes.
+    """
+
+    strips: int
+    run: int
+    columns: int
+    depth: int
+    num_warps: int
+    registers: int = 0
+    spare: bool = False
+
+    def depth_in(self, channels: int) -> int:
+        """Input channels as the expansion pads them."""
+        return max(16, 1 << (channels if self.spare else channels - 1).bit_length())
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-height // (self.strips * self.run)) * -(-width // self.columns)
+
+    def lanes(self, problem: Problem) -> int:
+        return _power(self.strips * (self.columns + (problem.kernel - 1) // problem.stride[1]))
+
+    def pixels(self, problem: Problem) -> int:
+        """Of the region, up to a power of two."""
+        rows = self.strips * self.run * problem.stride[0] + problem.kernel - problem.stride[0]
+        return _power(problem.stride[1] * rows * (self.columns + (problem.kernel - 1) // problem.stride[1]))
+
+    def slots(self, problem: Problem) -> int:
+        """Rows of the product with the project weights."""
+        return max(64, _power(self.run) * self.lanes(problem))
+
+
+SIDE = 16  # of the region of a fire whose squeezed tile is staged: 256 pixels, for 14 x 14 outputs
+
+
+@dataclass(frozen=True)
+class StagedFireTile:
+    """A fire's results by blocks of `channels`, its squeezed tile in shared memory, from depth_in input channels at a time (`staged_fire`)."""
+
+    channels: int
+    depth_in: int
+    num_warps: int
+    registers: int = 0
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-height // (SIDE - 2)) * -(-width // (SIDE - 2))
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
 # Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
 # come in 16-byte loads.
 DEPTHWISE = {
@@ -330,6 +389,63 @@ TABLES = {
 }  # fmt: skip
 
 
+# The tiles of `staged`, by the depthwise kernel's size and stride. Columns are 14 or 7, which divide the networks' images.
+STAGED = {
+    (3, 1): (
+        StagedTile(2, 7, 14, 32, 4), StagedTile(2, 7, 14, 32, 4, 168), StagedTile(2, 7, 14, 64, 8), StagedTile(2, 7, 14, 64, 8, 128),
+        StagedTile(4, 7, 14, 32, 8), StagedTile(2, 3, 14, 32, 4, 128), StagedTile(2, 3, 14, 64, 8, 128),
+    ),
+    (3, 2): (
+        StagedTile(7, 1, 7, 32, 4), StagedTile(7, 1, 7, 32, 4, 0, True), StagedTile(7, 1, 7, 64, 4), StagedTile(7, 1, 7, 64, 8),
+        StagedTile(7, 1, 7, 64, 8, 128), StagedTile(4, 2, 14, 32, 8),
+    ),
+    (5, 1): (StagedTile(2, 6, 12, 32, 4), StagedTile(2, 6, 12, 64, 8), StagedTile(2, 6, 12, 64, 8, 128)),
+    (5, 2): (StagedTile(3, 2, 6, 32, 4), StagedTile(3, 2, 6, 64, 8)),
+}  # fmt: skip
+STAGED_FIRE = (StagedFireTile(64, 64, 8), StagedFireTile(64, 64, 8, 128), StagedFireTile(64, 64, 4), StagedFireTile(128, 64, 8))
+STAGED_OPS = ("separable", "inverted_residual", "expand_depthwise", "fire")
+STAGED_SHARED = 224 * 1024  # bytes of shared memory that a program may take, of 227 KiB; the rest is for what the compiler adds
+
+
+@functools.lru_cache(maxsize=4096)
+def staged(problem: Problem, arch: str) -> tuple[StagedTile | StagedFireTile, ...]:
+    """The tiles of `staged` and `staged_fire` that the problem can run with: none but on Hopper, in 16 bits, with channels in 16-byte loads."""
+    if arch != "sm_90" or problem.op not in STAGED_OPS or not problem.half or problem.narrow or problem.stride[0] != problem.stride[1]:
+        return ()
+    if problem.op == "fire":
+        return tuple(tile for tile in STAGED_FIRE if tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED)
+    return tuple(tile for tile in STAGED.get((problem.kernel, problem.stride[0]), ()) if _holds(problem, tile))
+
+
+def _holds(problem: Problem, tile: StagedTile) -> bool:
+    """Whether a program's accumulators and shared memory suffice."""
+    expands, projects = problem.op != "separable", problem.op != "expand_depthwise"
+    if tile.spare and not (expands and problem.in_channels & (problem.in_channels - 1) == 0):
+        return False
+    channels = padded(problem.out_channels) if projects else 0
+    accumulators = tile.slots(problem) * channels // (32 * tile.num_warps)
+    return accumulators <= min(128, (tile.registers or 255) - 96) and channels <= 256 and shared_bytes(problem, tile) <= STAGED_SHARED
+
+
+def padded(channels: int) -> int:
+    """Output channels of a product."""
+    return max(16, _power(channels))
+
+
+def shared_bytes(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
+    """What `staged` keeps in shared memory: the region, x and its weights, depthwise rows and their weights; or `staged_fire`."""
+    if isinstance(tile, StagedFireTile):
+        between = padded(problem.between)
+        elements = (SIDE**2 + 4 * SIDE) * (between + 8) + (SIDE**2 + between) * tile.depth_in + 9 * tile.channels * between
+        return 2 * elements
+    elements = (tile.pixels(problem) + tile.lanes(problem)) * (tile.depth + 8)
+    if problem.op != "separable":
+        elements += (tile.pixels(problem) + tile.depth) * tile.depth_in(problem.in_channels)
+    if problem.op != "expand_depthwise":
+        elements += (tile.slots(problem) + padded(problem.out_channels)) * tile.depth
+    return 2 * elements
+
+
 def kind(problem: Problem) -> str:
     """The row of a block's table."""
     return "narrow" if problem.narrow and problem.op != "stem" else "half" if problem.half else problem.dtype
@@ -342,7 +458,7 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTi
         from . import model
 
         form = choice(problem, arch)
-        return form if isinstance(form, BlockTile) else model.best(problem, arch)
+        return form if isinstance(form, (BlockTile, StagedTile, StagedFireTile)) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
     if problem.op in ("depthwise", "depthwise_backward_weight"):

@@ -19,7 +19,7 @@ SHAPES = 4096  # launchers that an operation keeps
 def _arch(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "sm_80"
+    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 else "sm_80"  # its kernels use wgmma, which only Hopper has
 
 
 def arch(device: torch.device) -> str:

@@ -13,7 +13,7 @@ import functools
 from dataclasses import dataclass
 
 from . import configs
-from .configs import BlockTile, Problem
+from .configs import SIDE, BlockTile, Problem, StagedFireTile, StagedTile
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,16 @@ def _rows(problem: Problem, tile: BlockTile) -> int:
     return (tile.run - 1) * problem.stride[0] + problem.kernel
 
 
-def issued(problem: Problem, tile: BlockTile) -> int:
+def issued(problem: Problem, tile: BlockTile | StagedTile) -> int:
     """Bytes of x that the kernel's loads ask for, for one image."""
+    if isinstance(tile, (StagedTile, StagedFireTile)):
+        steps = (SIDE - 2, SIDE - 2) if isinstance(tile, StagedFireTile) else (tile.strips * tile.run, tile.columns)
+        along = zip(problem.size, (problem.height, problem.width), steps, problem.stride, problem.padding)
+        rows, columns = (
+            sum(min(first * s - p + (step - 1) * s + problem.kernel, extent) - max(first * s - p, 0) for first in range(0, out, step))
+            for extent, out, step, s, p in along
+        )
+        return rows * columns * problem.in_channels * problem.item
     blocks = _up(problem.out_channels, tile.channels)
     if problem.op == "head":
         return problem.height * problem.width * problem.in_channels * blocks * problem.item
@@ -105,8 +113,12 @@ def floor(problem: Problem) -> int:
     return height * width * problem.in_channels * problem.item + results(problem)
 
 
-def work(problem: Problem, tile: BlockTile) -> Work:
+def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
     """Of the block as one kernel, idle lanes and channels up to a whole tile included: they take their time too."""
+    if isinstance(tile, StagedFireTile):
+        return staged_fire_work(problem, tile)
+    if isinstance(tile, StagedTile):
+        return staged_work(problem, tile)
     c, o, e, k = problem.in_channels, problem.out_channels, problem.between, problem.kernel
     blocks = _up(o, tile.channels)
     tiles = 1 if problem.op == "head" else tile.tiles(problem.height, problem.width)
@@ -151,6 +163,50 @@ def work(problem: Problem, tile: BlockTile) -> Work:
     return Work(floor(problem), l2, issued(problem, tile), tensor, scalar)
 
 
+def staged_work(problem: Problem, tile: StagedTile) -> Work:
+    """Of the block with its region in shared memory, whose bytes count as the L1 cache's: written once, read once a column of the window."""
+    c, e, k = problem.in_channels, problem.between or problem.in_channels, problem.kernel
+    tiles, pixels, lanes = tile.tiles(problem.height, problem.width), tile.pixels(problem), tile.lanes(problem)
+    across = _up(e, tile.depth) * tile.depth
+    projects = problem.op != "expand_depthwise"
+    width = configs.padded(problem.out_channels) if projects else 0
+    slots, rows = tile.slots(problem), k * ((tile.run - 1) * problem.stride[0] + k)
+    expands = problem.op != "separable"
+    inner = tile.depth_in(c) if expands else 0
+    tensor = pixels * inner * across + slots * across * width
+    scalar = across * (pixels * (4 if expands else 1) + lanes * (rows + tile.run * (k * k + 5)))
+    local = across * (2 * pixels + lanes * rows + 2 * tile.run * lanes + pixels * inner // tile.depth) * problem.item
+    weights = e * (c * expands + k * k + problem.out_channels * projects)
+    l2 = tiles * (pixels * c + weights) * problem.item + results(problem)
+    return Work(floor(problem), l2, tiles * local, tiles * tensor, tiles * scalar)
+
+
+def staged_fire_work(problem: Problem, tile: StagedFireTile) -> Work:
+    c, o = problem.in_channels, problem.out_channels
+    tiles, between = tile.tiles(problem.height, problem.width), configs.padded(problem.between)
+    pixels, blocks = SIDE**2, _up(o, tile.channels)
+    tensor = pixels * between * (_up(c, tile.depth_in) * tile.depth_in + 10 * blocks * tile.channels)
+    scalar = pixels * (5 * between + 2 * 4 * blocks * tile.channels)
+    local = problem.item * (2 * pixels * c + 10 * blocks * (pixels + tile.channels) * between + 4 * pixels * blocks * tile.channels)
+    l2 = tiles * (pixels * c + problem.between * (c + 10 * o)) * problem.item + results(problem)
+    return Work(floor(problem), l2, tiles * local, tiles * tensor, tiles * scalar)
+
+
+def staged_warps(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
+    """Warps of a multiprocessor that registers and shared memory leave room for."""
+    threads = 32 * tile.num_warps
+    if isinstance(tile, StagedFireTile):
+        registers = tile.registers or min(255, 120 + SIDE**2 * tile.channels // threads)
+        programs = min(65536 // (registers * threads), configs.STAGED_SHARED // configs.shared_bytes(problem, tile))
+        return max(1, programs) * tile.num_warps
+    held = (tile.slots(problem) * configs.padded(problem.out_channels) if problem.op != "expand_depthwise" else 0) // threads
+    march = (tile.run + 1) * tile.lanes(problem) * tile.depth // threads + 24
+    expand = tile.pixels(problem) * tile.depth // threads if problem.op != "separable" else 0
+    registers = min(255, tile.registers or 255, 64 + held + max(march, expand))
+    programs = min(65536 // (registers * threads), configs.STAGED_SHARED // configs.shared_bytes(problem, tile))
+    return max(1, programs) * tile.num_warps
+
+
 def resident_warps(problem: Problem, tile: BlockTile) -> int:
     """Warps of a multiprocessor that the registers leave room for, by the values a thread must hold."""
     held = tile.run * tile.lanes * tile.channels * (2 if problem.op.startswith("fire") else 1)
@@ -169,23 +225,25 @@ def seconds(work: Work, arch: str, dtype: str, warps: int = 64) -> float:
     return max(work.memory / (MEMORY * machine.memory), work.l2 / (L2 * machine.l2), inside)
 
 
-def candidates(problem: Problem, arch: str) -> tuple[BlockTile, ...]:
+def candidates(problem: Problem, arch: str) -> tuple[BlockTile | StagedTile, ...]:
     """The tiles that ship for the problem."""
-    tiles = configs.TABLES[problem.op][arch][configs.kind(problem)]
+    tiles, staged = configs.TABLES[problem.op][arch][configs.kind(problem)], configs.staged(problem, arch)
     if problem.op not in ("inverted_residual", "expand_depthwise"):
-        return tiles
+        return tiles + staged
     # a kernel that loops over its input channels loads weights in the loop: only where no tile holds them, and then the deepest
     deep = min(problem.in_channels, max(tile.depth_in for tile in tiles))
-    return tuple(tile for tile in tiles if tile.depth_in >= deep)
+    return tuple(tile for tile in tiles if tile.depth_in >= deep) + staged
 
 
 @functools.lru_cache(maxsize=4096)
-def best(problem: Problem, arch: str) -> BlockTile:
+def best(problem: Problem, arch: str) -> BlockTile | StagedTile:
     """The candidate with the least time by the model; of equals, the first."""
     return min(candidates(problem, arch), key=lambda tile: fused_seconds(problem, tile, arch))
 
 
-def fused_seconds(problem: Problem, tile: BlockTile, arch: str) -> float:
+def fused_seconds(problem: Problem, tile: BlockTile | StagedTile, arch: str) -> float:
+    if isinstance(tile, (StagedTile, StagedFireTile)):
+        return seconds(work(problem, tile), arch, problem.dtype, staged_warps(problem, tile))
     return seconds(work(problem, tile), arch, problem.dtype, resident_warps(problem, tile))
 
 
