@@ -173,9 +173,9 @@ DEPTHWISE_WEIGHT = {
 
 # (input channels up to, output channels up to, tile): the first row that holds a layer is taken. Of fire_expand the larger expand counts.
 # Where input channels do not come in 16-byte loads the tables below serve ("half narrow").
-# H100, bf16, batch 128, against the best of 20 tiles, and of 13: pointwise 1.5% slower on average in 27 layers above 32 us, fire_expand 0.5%
-# in 8 (2.3% at most). pointwise's worst: 6 to 10% at 7 x 7 of 160 to 960 channels, where the launch takes most of the time; 5 and 6% where
-# 128 channels become 16 and 256; all others 4.4% at most. Below 32 us the noise is larger than what tiles differ by.
+# H100, bf16, batch 128, against the best of 20 tiles, and of 13: pointwise is 1.5% slower on average in 27 layers above 32 us, fire_expand
+# 0.5% in 8 (2.3% at most). pointwise's worst: 6 to 10% at 7 x 7 of 160 to 960 channels, where the launch takes most of the time; 5 and 6%
+# where 128 channels become 16 and 256; all others 4.4% at most. Below 32 us the noise is larger than what tiles differ by.
 ANY = 1 << 31
 MEASURED = {
     ("pointwise", "sm_90"): (
