@@ -190,7 +190,7 @@ def modelled(arch: str, dtype: str = "bf16") -> list[dict]:
         row["tile"] = None if tile is None else list(tile.constants.values())
         row |= {"floor": model.floor(problem), "fused": int(model.work(problem, best).memory), "issued": model.issued(problem, best)}
         has_parts = problem.op != "stem"
-        row["parts"] = int(sum(part.memory for part in model.parts(problem))) if has_parts else row["fused"]
+        row["parts"] = int(sum(part.memory for part in model.parts(problem, arch))) if has_parts else row["fused"]
         row["fused_us"] = 1e6 * model.fused_seconds(problem, best, arch)
         row["parts_us"] = 1e6 * model.parts_seconds(problem, arch) if has_parts else row["fused_us"]
         rows.append(row)

@@ -6,11 +6,13 @@ every other architecture too, so its tiles stay below 99 KiB of shared memory (s
 
 The tiles of the block kernels are what `model` chooses among, per shape; a table measured by `fastconv tune` goes before its choice.
 
-The tiles come from arithmetic (16 bytes a thread and load, accumulators within the register file, two or more programs per
-multiprocessor). benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
+DEPTHWISE and MEASURED were chosen from times on an H100 (bf16, batch 128, the layers of the six networks; f32 tiles by analogy). The other
+tiles come from arithmetic: 16 bytes a thread and load, accumulators within the register file, two or more programs per multiprocessor.
+benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
@@ -54,8 +56,33 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class DepthwiseTile:
-    """rows x cols output pixels by channels."""
+class Strips:
+    """lanes columns of run output rows by channels."""
+
+    run: int
+    lanes: int
+    channels: int
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-(-(-height // self.run) * width) // self.lanes)
+
+
+@dataclass(frozen=True)
+class DepthwiseTile(Strips):
+    """Of a depthwise convolution."""
+
+    num_warps: int
+    num_stages: int = 1  # of no effect without a dot
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
+
+
+@dataclass(frozen=True)
+class InputTile:
+    """rows x cols positions by channels of a depthwise input's gradient; a position is a pixel of each phase of the stride."""
 
     rows: int
     cols: int
@@ -85,12 +112,9 @@ class MatmulTile:
 
 
 @dataclass(frozen=True)
-class BlockTile:
-    """lanes columns of run output rows by channels; depth channels of the result in between at a time, from depth_in of the input's."""
+class BlockTile(Strips):
+    """Strips of a block's output; depth channels of the result in between at a time, from depth_in of the input's."""
 
-    run: int
-    lanes: int
-    channels: int
     depth: int
     num_warps: int
     depth_in: int = 0
@@ -100,9 +124,10 @@ class BlockTile:
     def constants(self) -> dict[str, int]:
         return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels, "DEPTH": self.depth}
 
-    def tiles(self, height: int, width: int) -> int:
-        """How many cover one image."""
-        return -(-(-(-height // self.run) * width) // self.lanes)
+
+def _strips(*rows: tuple[int, int, int, int]) -> tuple[DepthwiseTile, ...]:
+    """Rows of (run, lanes, channels, num_warps)."""
+    return tuple(DepthwiseTile(*row) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -164,12 +189,30 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-# Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
-# come in 16-byte loads.
+# By the kernel's size and the stride of its rows, best first: the first is taken that leaves few places idle (`_strip`). "narrow": channels
+# that do not come in 16-byte loads. H100, bf16, batch 128, 23 layers that take more than 25 us: 0.6% slower on average than the best of 25
+# tiles, 2.8% at most. The 5x5 tiles of 4 rows were measured unrolled; those measured both ways are faster as the loop that ships.
 DEPTHWISE = {
-    "half": (DepthwiseTile(8, 8, 64, 4), DepthwiseTile(8, 16, 32, 4), DepthwiseTile(16, 16, 16, 4)),
-    "f32": (DepthwiseTile(8, 8, 32, 4), DepthwiseTile(8, 16, 16, 4)),
-    "narrow": (DepthwiseTile(8, 8, 16, 4),),
+    "half": {
+        (3, 1): _strips((7, 16, 64, 4), (7, 32, 32, 4), (7, 64, 16, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (3, 2): _strips((4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (5, 1): _strips((14, 16, 32, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (5, 2): _strips((14, 16, 32, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+    },
+    "f32": {
+        (3, 1): _strips((7, 16, 32, 4), (7, 32, 16, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+        (3, 2): _strips((4, 16, 32, 4), (4, 32, 16, 4)),
+        (5, 1): _strips((14, 16, 32, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+        (5, 2): _strips((14, 16, 32, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+    },
+    "narrow": dict.fromkeys(itertools.product((3, 5), (1, 2)), _strips((4, 32, 16, 4))),
+}
+
+# Of the input's gradient at stride 2 (at stride 1 it is the forward kernel), widest first. 8 half or 4 float channels are one 16-byte load.
+DEPTHWISE_INPUT = {
+    "half": (InputTile(4, 4, 64, 4), InputTile(4, 8, 32, 4), InputTile(8, 8, 16, 4)),
+    "f32": (InputTile(4, 4, 32, 4), InputTile(4, 8, 16, 4)),
+    "narrow": (InputTile(4, 4, 16, 4),),
 }
 
 # Widest first, by the kernel's size. A thread keeps a float of every tap for each of its channels and pixels: 72 for a 3x3, 40 or 80 for
@@ -186,6 +229,44 @@ DEPTHWISE_WEIGHT = {
         "narrow": (WeightTile(32, 16, 1, 4),),
     },
 }
+
+# (input channels up to, output channels up to, tile): the first row that holds a layer is taken. Of fire_expand the larger expand counts.
+# Where input channels do not come in 16-byte loads the tables below serve ("half narrow").
+# H100, bf16, batch 128, against the best of 20 tiles, and of 13: pointwise is 1.5% slower on average in 27 layers above 32 us, fire_expand
+# 0.5% in 8 (2.3% at most). pointwise's worst: 6 to 10% at 7 x 7 of 160 to 960 channels, where the launch takes most of the time; 5 and 6%
+# where 128 channels become 16 and 256; all others 4.4% at most. Below 32 us the noise is larger than what tiles differ by.
+ANY = 1 << 31
+MEASURED = {
+    ("pointwise", "sm_90"): (
+        (16, 16, MatmulTile(128, 16, 16, 4, 2)),
+        (16, 64, MatmulTile(128, 32, 16, 4, 2)),
+        (16, 88, MatmulTile(128, 64, 16, 4, 2)),
+        (16, ANY, MatmulTile(128, 32, 16, 4, 2)),
+        (32, 32, MatmulTile(128, 32, 32, 4, 4)),
+        (32, 64, MatmulTile(128, 64, 32, 4, 4)),
+        (32, 96, MatmulTile(128, 32, 16, 4, 2)),
+        (64, 32, MatmulTile(128, 32, 32, 4, 4)),
+        (48, ANY, MatmulTile(128, 64, 32, 4, 4)),
+        (64, ANY, MatmulTile(64, 128, 32, 4, 3)),
+        (88, 32, MatmulTile(128, 32, 64, 4, 4)),
+        (96, 32, MatmulTile(128, 32, 32, 4, 4)),  # three whole steps; 64 deep it would be two, one of them half idle
+        (ANY, 32, MatmulTile(128, 32, 64, 4, 4)),
+        (ANY, 64, MatmulTile(64, 64, 64, 4, 4)),
+        (511, ANY, MatmulTile(64, 128, 64, 4, 3)),
+        (ANY, 511, MatmulTile(64, 128, 64, 4, 3)),
+        (ANY, ANY, MatmulTile(128, 128, 64, 8, 3)),
+    ),
+    ("fire_expand", "sm_90"): (
+        (16, ANY, MatmulTile(128, 32, 16, 4, 4)),
+        (32, ANY, MatmulTile(64, 64, 32, 4, 4)),
+        (ANY, ANY, MatmulTile(128, 64, 32, 4, 3)),
+    ),
+}
+
+
+def _tiles_of(op: str, arch: str) -> tuple[MatmulTile, ...]:
+    return tuple(dict.fromkeys(tile for *_, tile in MEASURED[op, arch]))
+
 
 # Narrowest first, and shallow before deep: the first that holds the layer is taken. "small" serves images of at most
 # SMALL_IMAGE pixels, where wide tiles would leave most multiprocessors idle.
@@ -204,15 +285,8 @@ POINTWISE = {
         "f32": (MatmulTile(64, 32, 32, 4, 3), MatmulTile(64, 64, 32, 4, 3)),
     },
     "sm_90": {
-        "half": (
-            MatmulTile(128, 32, 32, 4, 4),
-            MatmulTile(128, 32, 64, 4, 4),
-            MatmulTile(128, 64, 32, 4, 4),
-            MatmulTile(128, 64, 64, 4, 4),
-            MatmulTile(128, 128, 32, 8, 4),
-            MatmulTile(128, 128, 64, 8, 4),
-        ),
-        "half small": (MatmulTile(64, 64, 64, 4, 4), MatmulTile(64, 128, 64, 4, 4)),
+        "half": _tiles_of("pointwise", "sm_90"),
+        "half narrow": (MatmulTile(128, 32, 32, 4, 4), MatmulTile(128, 64, 32, 4, 4), MatmulTile(128, 128, 32, 8, 4)),
         "tf32": (MatmulTile(128, 32, 32, 4, 4), MatmulTile(128, 64, 32, 4, 4), MatmulTile(128, 128, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 32, 4, 3), MatmulTile(64, 64, 32, 4, 3)),
     },
@@ -231,8 +305,8 @@ FIRE_EXPAND = {
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
     "sm_90": {
-        "half": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 4)),
-        "half small": (MatmulTile(64, 64, 64, 4, 4),),
+        "half": _tiles_of("fire_expand", "sm_90"),
+        "half narrow": (MatmulTile(64, 64, 16, 4, 4),),
         "tf32": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
@@ -452,7 +526,7 @@ def kind(problem: Problem) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTile | BlockTile:
+def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | WeightTile | MatmulTile | BlockTile:
     """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
     if problem.op in BLOCKS:
         from . import model
@@ -461,12 +535,20 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTi
         return form if isinstance(form, (BlockTile, StagedTile, StagedFireTile)) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
-    if problem.op in ("depthwise", "depthwise_backward_weight"):
-        tiles = DEPTHWISE if problem.op == "depthwise" else DEPTHWISE_WEIGHT[problem.kernel]
-        return _depthwise(tiles["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
+    if problem.op.startswith("depthwise"):
+        kind = "narrow" if narrow_loads else "half" if problem.half else "f32"
+        if problem.op == "depthwise":
+            return _strip(DEPTHWISE[kind][problem.kernel, problem.stride[0]], problem)
+        tables = DEPTHWISE_INPUT if problem.op == "depthwise_backward_input" else DEPTHWISE_WEIGHT[problem.kernel]
+        return _gradient(tables[kind], problem.out_channels)
+    if problem.half and not narrow_loads and (problem.op, arch) in MEASURED:
+        rows = MEASURED[problem.op, arch]
+        return next(tile for c, o, tile in rows if problem.in_channels <= c and problem.out_channels <= o)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if problem.half else problem.dtype
-    if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
+    if narrow_loads and f"{kind} narrow" in table:
+        kind = f"{kind} narrow"
+    elif f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
         kind = f"{kind} small"
     return _matmul(table[kind], problem, narrow_loads)
 
@@ -485,7 +567,16 @@ def choice(problem: Problem, arch: str) -> BlockTile | str | None:
     return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
 
 
-def _depthwise(tiles: tuple[DepthwiseTile | WeightTile, ...], channels: int) -> DepthwiseTile | WeightTile:
+def _strip(tiles: tuple[DepthwiseTile, ...], problem: Problem) -> DepthwiseTile:
+    """The first tile that covers an image with at most a fifth more places than the one with the fewest: output pixels by channels."""
+    places = {
+        tile: tile.tiles(problem.height, problem.width) * tile.lanes * tile.run * -(-problem.out_channels // tile.channels) * tile.channels
+        for tile in tiles
+    }
+    return next(tile for tile in tiles if 5 * places[tile] <= 6 * min(places.values()))
+
+
+def _gradient(tiles: tuple[InputTile | WeightTile, ...], channels: int) -> InputTile | WeightTile:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))

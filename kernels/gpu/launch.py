@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import BlockTile
+from .configs import BlockTile, DepthwiseTile
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 INT32_MAX = 2**31 - 1
@@ -149,8 +149,8 @@ def _watched() -> bool:
     return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
-def options(tile: BlockTile) -> dict[str, int]:
-    """How a block kernel is compiled with its tile. maxnreg: left to itself, ptxas spills values of the smaller tiles for occupancy."""
+def options(tile: BlockTile | DepthwiseTile) -> dict[str, int]:
+    """How a kernel of strips is compiled with its tile. maxnreg: left to itself, ptxas spills values of the smaller tiles for occupancy."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if torch.version.hip else {"maxnreg": 255})
 
 

@@ -10,10 +10,10 @@ on a machine of which only datasheet figures are known: good to rank, no forecas
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import configs
-from .configs import SIDE, BlockTile, Problem, StagedFireTile, StagedTile
+from .configs import SIDE, BlockTile, DepthwiseTile, Problem, StagedFireTile, StagedTile, Strips
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _up(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
-def _window(problem: Problem, tile: BlockTile, taps_h: list[int], taps_w: list[int]) -> int:
+def _window(problem: Problem, tile: Strips, taps_h: list[int], taps_w: list[int]) -> int:
     """Sum over a kernel's lanes of the pixels it loads: rows of its strip times columns of its window that lie inside the image.
 
     taps_h: offsets of the rows a strip loads from the first row of its first window; taps_w: the same for columns.
@@ -68,12 +68,12 @@ def _window(problem: Problem, tile: BlockTile, taps_h: list[int], taps_w: list[i
     return sum(rows[:-1]) * sum(columns) + rows[-1] * sum(columns[:rest])
 
 
-def _rows(problem: Problem, tile: BlockTile) -> int:
+def _rows(problem: Problem, tile: Strips) -> int:
     """Input rows of a strip."""
     return (tile.run - 1) * problem.stride[0] + problem.kernel
 
 
-def issued(problem: Problem, tile: BlockTile | StagedTile) -> int:
+def issued(problem: Problem, tile: BlockTile | StagedTile | StagedFireTile | DepthwiseTile) -> int:
     """Bytes of x that the kernel's loads ask for, for one image."""
     if isinstance(tile, (StagedTile, StagedFireTile)):
         steps = (SIDE - 2, SIDE - 2) if isinstance(tile, StagedFireTile) else (tile.strips * tile.run, tile.columns)
@@ -254,11 +254,13 @@ def _pointwise(problem: Problem, pixels: int, c: int, o: int) -> Work:
     return Work(moved, moved * 1.5, moved * 1.5, tensor if half else 0, pixels * o * 4 + (0 if half else tensor))
 
 
-def _depthwise(problem: Problem, c: int) -> Work:
-    """A tap's load and its conversion for every product."""
-    (height, width), pixels, taps = problem.size, problem.height * problem.width, problem.kernel**2
-    moved = (height * width + pixels) * c * problem.item
-    return Work(moved, moved * 1.5, pixels * c * taps * problem.item, 0, pixels * c * (2 * taps + 4))
+def _depthwise(problem: Problem, c: int, arch: str) -> Work:
+    """A load and its conversion for each row of a strip and column of the window, a multiply-add for every product."""
+    layer = replace(problem, op="depthwise", in_channels=c, out_channels=c, between=0)
+    tile, moved = configs.config(layer, arch), floor(layer)
+    lanes = tile.tiles(problem.height, problem.width) * tile.lanes * _up(c, tile.channels) * tile.channels
+    scalar = lanes * (tile.run * (problem.kernel**2 + 4) + _rows(problem, tile) * problem.kernel)
+    return Work(moved, moved * 1.5, issued(layer, tile), 0, scalar)
 
 
 def _fire_expand(problem: Problem, pixels: int, c: int, o: int) -> Work:
@@ -268,17 +270,17 @@ def _fire_expand(problem: Problem, pixels: int, c: int, o: int) -> Work:
     return Work(moved, moved * 1.5, 10 * pixels * c * problem.item, tensor if half else 0, pixels * o * 8 + (0 if half else tensor))
 
 
-def parts(problem: Problem) -> list[Work]:
+def parts(problem: Problem, arch: str) -> list[Work]:
     """The same block as one kernel per layer."""
     pixels, c, o, e = problem.height * problem.width, problem.in_channels, problem.out_channels, problem.between
     full = problem.size[0] * problem.size[1]
     if problem.op == "separable":
-        return [_depthwise(problem, c), _pointwise(problem, pixels, c, o)]
+        return [_depthwise(problem, c, arch), _pointwise(problem, pixels, c, o)]
     if problem.op == "inverted_residual":
-        return [_pointwise(problem, full, c, e), _depthwise(problem, e), _pointwise(problem, pixels, e, o)]
+        return [_pointwise(problem, full, c, e), _depthwise(problem, e, arch), _pointwise(problem, pixels, e, o)]
     if problem.op == "expand_depthwise":  # the fused one sums what it writes; here that takes a pass
         read = pixels * e * problem.item
-        return [_pointwise(problem, full, c, e), _depthwise(problem, e), Work(read, read, read, 0, pixels * e)]
+        return [_pointwise(problem, full, c, e), _depthwise(problem, e, arch), Work(read, read, read, 0, pixels * e)]
     if problem.op == "fire":
         return [_pointwise(problem, full, c, e), _fire_expand(problem, full, e, o)]
     if problem.op == "fire_pool":
@@ -291,7 +293,7 @@ def parts(problem: Problem) -> list[Work]:
 
 
 def parts_seconds(problem: Problem, arch: str) -> float:
-    return sum(seconds(part, arch, problem.dtype) for part in parts(problem))
+    return sum(seconds(part, arch, problem.dtype) for part in parts(problem, arch))
 
 
 def fuses(problem: Problem, arch: str) -> bool:

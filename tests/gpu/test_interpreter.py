@@ -139,6 +139,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     # op: (x's shape, weights' shapes, the problem, the call's other arguments)
     COUNTED = {
+        "depthwise": ((2, 24, 9, 11), [(24, 1, 5, 5)], ((2, 1), (2, 1), "relu")),
         "separable": ((2, 24, 9, 11), [(24, 1, 3, 3), (40, 24, 1, 1)], ((2, 2), (1, 1), "relu")),
         "inverted_residual": ((1, 24, 6, 9), [(40, 24, 1, 1), (40, 1, 5, 5), (24, 40, 1, 1)], (None, (1, 1), (2, 2))),
         "fire": ((2, 24, 7, 9), [(16, 24, 1, 1), (40, 16, 1, 1), (40, 16, 3, 3)], ()),
@@ -148,9 +149,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     }
 
     def problem_of(op, x, weights, rest):
-        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, separable, stem
+        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, launch, separable, stem
 
         four = [weight for weight in weights if weight.dim() == 4]
+        if op == "depthwise":
+            out = launch.window(x.shape[2:], 5, *rest[:2])
+            return configs.Problem("depthwise", "f32", *out, 24, 24, 5, *rest[:2], 0, tuple(x.shape[2:]))
         if op == "separable":
             return separable.problem(x, *four, *rest[:2])
         if op == "inverted_residual":
@@ -171,8 +175,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         weights = laid_out(*[tensor for size in shapes for tensor in (torch.randn(size), torch.randn(size[0]))])
         problem = problem_of(op, x, weights, rest)
         named = {f"weight{i}": weight for i, weight in enumerate(weights)}
-        tiles = configs.TABLES[op]["sm_90"]["half"]
-        for tile in {tiles[0], tiles[-1], configs.TABLES[op]["sm_80"]["f32"][-1]}:
+        if op == "depthwise":
+            chosen = {configs.DEPTHWISE[kind][5, 2][number] for kind, number in (("half", 0), ("half", -1), ("f32", -1))}
+        else:
+            tiles = configs.TABLES[op]["sm_90"]["half"]
+            chosen = {tiles[0], tiles[-1], configs.TABLES[op]["sm_80"]["f32"][-1]}
+        for tile in chosen:
             with monkeypatch.context() as patch:
                 counts = traffic.count(patch, lambda tile=tile: cases.launcher(op)(x, *weights, *rest, tile=tile), x=x, **named)
             assert counts["x"].loaded == shape[0] * model.issued(problem, tile)
