@@ -1,8 +1,9 @@
 """Times the GPU kernels on the layers of the six networks, and the networks: `python benchmarks/gpu.py --out DIR [--minutes 8]`.
 
 Every block (stem, separable, inverted residual, fire, with max-pool, head) runs with each tile worth trying, in parts, in eager cuDNN
-and, while time is left, through torch.compile; each beside the time its fewest bytes take at the copy rate. What was aimed at stands
-beside what was reached. torch's side has its batch norms folded, which a user's model does not.
+and, while time is left, through torch.compile, an inverted residual also split: its expand, then the rest as one kernel; each beside the
+time its fewest bytes take at the copy rate. What was aimed at stands beside what was reached.
+torch's side has its batch norms folded, which a user's model does not.
 
 Every layer (benchmarks/shapes/*.txt) runs as fastconv's operator, as eager cuDNN (channels_last, benchmark mode: convolution, bias,
 activation) and, while time is left, as the same through torch.compile(mode="max-autotune-no-cudagraphs"). A result is checked
@@ -195,25 +196,32 @@ class Run:
 
     def one_block(self, block, dtype_name: str, copy_gb_s: float) -> None:
         from fastconv.benchmarks.blocks import Case
-        from fastconv.benchmarks.tuner import worth_trying
+        from fastconv.benchmarks.tuner import forms, run_of
         from fastconv.kernels.gpu import configs, launch, model
 
         arch = launch.arch(torch.device("cuda", 0))
         batch = BATCHES[0]
         few, case = Case(block, 4, "cuda"), Case(block, batch, "cuda")
         row = {"net": block.net, "layer": block.layer, "op": block.problem.op, "shape": block.shape, "count": block.count}
-        row |= {"dtype": dtype_name, "batch": batch, "tiles_us": {}}
-        chosen = configs.choice(block.problem, arch)
-        row["chosen"] = "in parts" if chosen is None else str(chosen)
-        for tile in worth_trying(block.problem, arch):
-            error = few.error(few.fused(tile))
+        row |= {"dtype": dtype_name, "batch": batch, "chosen": configs.text(configs.choice(block.problem, arch))}
+        row |= {"tiles_us": {}, "split_tiles_us": {}}
+        for form in forms(block.problem, arch):
+            if form == configs.ATEN:
+                continue
+            error = few.error(run_of(few, form)())
             if not error < WRONG[dtype_name]:
-                raise ArithmeticError(f"{tile}: relative error {error:.2e} against float64")
+                raise ArithmeticError(f"{configs.text(form)}: relative error {error:.2e} against float64")
             row["error"] = max(row.get("error", 0.0), error)
-            row["tiles_us"][str(tile)] = self.clock(lambda tile=tile: case.fused(tile), repeats=10)
+            us = self.clock(run_of(case, form), repeats=10)
+            if form is None:
+                row["parts_us"] = us
+            elif isinstance(form, configs.Split):
+                row["split_tiles_us"][str(form.tile)] = us
+            else:
+                row["tiles_us"][str(form)] = us
         row["fused_us"] = min(row["tiles_us"].values())
-        if block.problem.op != "stem":
-            row["parts_us"] = self.clock(case.parts, repeats=10)
+        if row["split_tiles_us"]:
+            row["split_us"] = min(row["split_tiles_us"].values())
         row["eager_us"] = self.clock(case.plain, repeats=10)
         row["floor_us"] = batch * model.floor(block.problem) / copy_gb_s / 1e3
         self.block_rows.append(row)
@@ -363,8 +371,8 @@ def best_peer(row: dict) -> float:
 
 
 def ours(row: dict) -> float:
-    """Microseconds of the faster form: what `fastconv tune` would choose."""
-    return min(row["fused_us"], row.get("parts_us", math.inf))
+    """Microseconds of the fastest form of ours: what `fastconv tune` would choose."""
+    return min(row[name] for name in ("fused_us", "split_us", "parts_us") if name in row)
 
 
 def targets(results: dict) -> list[dict]:
@@ -391,11 +399,12 @@ def targets(results: dict) -> list[dict]:
 
 
 def block_table(results: dict) -> str:
-    """Every block: microseconds fused, in parts and of the peers, and the share of the time its fewest bytes take."""
+    """Every block: microseconds fused, split, in parts and of the peers, and the share of the time its fewest bytes take."""
     head = f"{'network':20s} {'block':22s} {'op':18s} {'shape':26s} {'dtype':5s}"
-    lines = [f"{head} {'fused':>9s} {'parts':>9s} {'eager':>9s} {'compile':>9s} %floor"]
+    lines = [f"{head} {'fused':>9s} {'split':>9s} {'parts':>9s} {'eager':>9s} {'compile':>9s} %floor"]
     for row in results["blocks"]:
-        cells = (f"{row[name]:9.1f}" if name in row else " " * 9 for name in ("fused_us", "parts_us", "eager_us", "compile_us"))
+        names = ("fused_us", "split_us", "parts_us", "eager_us", "compile_us")
+        cells = (f"{row[name]:9.1f}" if name in row else " " * 9 for name in names)
         share = 100 * row["floor_us"] / ours(row)
         head = f"{row['net']:20s} {row['layer']:22s} {row['op']:18s} {row['shape']:26s} {row['dtype']:5s}"
         lines.append(f"{head} {' '.join(cells)} {share:5.0f}%")

@@ -1,4 +1,4 @@
-"""Times each block with each tile worth trying, in parts and through cuDNN: what `fastconv tune` writes down."""
+"""Times each block with each tile worth trying, split, in parts and through cuDNN: what `fastconv tune` writes down."""
 
 import contextlib
 import json
@@ -11,13 +11,32 @@ import torch
 
 from fastconv.benchmarks import blocks
 from fastconv.kernels.gpu import model, tuned
-from fastconv.kernels.gpu.configs import ATEN, BlockTile, Problem
+from fastconv.kernels.gpu.configs import ATEN, BlockTile, Form, Problem, Split, text
 
 
 def worth_trying(problem: Problem, arch: str) -> list[BlockTile]:
     """The shipped tiles that the model holds at most three times as slow as its best, best first."""
     times = {tile: model.fused_seconds(problem, tile, arch) for tile in model.candidates(problem, arch)}
     return [tile for tile in sorted(times, key=times.get) if times[tile] <= 3 * min(times.values())]
+
+
+def forms(problem: Problem, arch: str) -> list[Form]:
+    """What there is to time of a block; cuDNN last, save for squeeze-excitation's first half, whose sums only our kernels keep."""
+    found: list[Form] = list(worth_trying(problem, arch))
+    if problem.op == "inverted_residual":
+        found += [Split(tile) for tile in worth_trying(problem.after_expand, arch)]
+    if problem.op != "stem":
+        found.append(None)
+    return found if problem.op == "expand_depthwise" else [*found, ATEN]
+
+
+def run_of(case: blocks.Case, form: Form) -> Callable[[], object]:
+    """The case's block in that form."""
+    if isinstance(form, BlockTile):
+        return lambda: case.fused(form)
+    if isinstance(form, Split):
+        return lambda: case.split(form.tile)
+    return case.parts if form is None else case.plain
 
 
 def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], clock=None, device: str = "cuda") -> dict:
@@ -37,19 +56,17 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
             if time.monotonic() - began > seconds:
                 break
             case = blocks.Case(block, batch, device)
-            times = {tile: clock(lambda case=case, tile=tile: case.fused(tile)) for tile in worth_trying(block.problem, arch)}
-            times[None] = clock(case.parts)
-            if block.problem.op != "expand_depthwise":  # whose sums only our kernels keep
-                times[ATEN] = clock(case.plain)
+            times = {form: clock(run_of(case, form)) for form in forms(block.problem, arch)}
             best = min(times, key=times.get)
             name = tuned.key(block.problem)
             table["choices"][name] = tuned.row(best)
             table["microseconds"][name] = {
                 "fused": min(us for form, us in times.items() if isinstance(form, BlockTile)),
+                "split": min((us for form, us in times.items() if isinstance(form, Split)), default=None),
                 "parts": times[None],
                 "cuDNN": times.get(ATEN),
             }
-            say(f"{name:70s} {times[best]:9.1f} us  {'in parts' if best is None else best}")
+            say(f"{name:70s} {times[best]:9.1f} us  {text(best)}")
     return table
 
 

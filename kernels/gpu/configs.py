@@ -10,8 +10,10 @@ The tiles come from arithmetic (16 bytes a thread and load, accumulators within 
 multiprocessor). benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
 """
 
+from __future__ import annotations
+
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
@@ -36,6 +38,11 @@ class Problem:
     def size(self) -> tuple[int, int]:
         """The input's height and width."""
         return self.image if self.image != (0, 0) else (self.height, self.width)
+
+    @property
+    def after_expand(self) -> Problem:
+        """What follows the expand of an inverted residual, as one separable block."""
+        return replace(self, op="separable", in_channels=self.between, between=0, image=self.size)
 
     @property
     def item(self) -> int:
@@ -103,6 +110,24 @@ class BlockTile:
     def tiles(self, height: int, width: int) -> int:
         """How many cover one image."""
         return -(-(-(-height // self.run) * width) // self.lanes)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An inverted residual as two kernels: the expand as `pointwise`, the rest as `separable` with this tile."""
+
+    tile: BlockTile
+
+
+# How a block runs: as one kernel with this tile, as two, None for one kernel per layer, or ATEN.
+Form = BlockTile | Split | str | None
+
+
+def text(form: Form) -> str:
+    """The form as reports and tables on the screen name it."""
+    if isinstance(form, Split):
+        return f"split {text(form.tile)}"
+    return "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
 
 
 # Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
@@ -356,17 +381,14 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTi
 
 
 @functools.lru_cache(maxsize=4096)
-def choice(problem: Problem, arch: str) -> BlockTile | str | None:
-    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model.
-
-    ATEN where cuDNN was measured to be fastest; the model knows nothing of it.
-    """
+def choice(problem: Problem, arch: str) -> Form:
+    """The form that is fastest: measured, or else by the model, which knows nothing of cuDNN."""
     from . import model, tuned
 
     measured = tuned.choice(problem, arch)
     if measured is not None:
         return measured.form
-    return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
+    return model.form(problem, arch)
 
 
 def _depthwise(tiles: tuple[DepthwiseTile | WeightTile, ...], channels: int) -> DepthwiseTile | WeightTile:
