@@ -7,8 +7,11 @@ torch's side has its batch norms folded, which a user's model does not.
 
 Every layer (benchmarks/shapes/*.txt) runs as fastconv's operator, as eager cuDNN (channels_last, benchmark mode: convolution, bias,
 activation) and, while time is left, as the same through torch.compile(mode="max-autotune-no-cudagraphs"). A result is checked
-against float64 before it is timed. Times are medians of CUDA events with the L2 cache flushed before each run; the flush also
-covers the launch, so host time does not count. GB/s counts input, output and weights once; percent is of a measured copy.
+against float64 before it is timed. Times are medians of replayed CUDA graphs of up to ten calls, so host time does not count, and the L2
+cache is not flushed between calls: networks run their layers back to back too (`tuner.timed`). GB/s counts input, output and weights
+once; percent is of a measured copy, and may pass 100 where the cache holds a layer.
+
+Kernels are compiled ahead in several processes first (`warm.py`), for `--warm` seconds at most.
 
 The gradients of every depthwise layer, with respect to its input and its weight, stand beside ATen's (cuDNN's or its own kernel,
 whichever it chooses), timed and checked in the same way.
@@ -58,34 +61,36 @@ def read_shapes(op: str) -> dict[tuple, list[str]]:
 
 
 class Clock:
-    """Medians of CUDA-event times, the L2 cache flushed before each run."""
+    """Medians of `tuner.timed`. A call that no CUDA graph takes is timed by itself, the L2 cache flushed before it: that is long enough to
+    write that the launches queue up behind it. `uncaptured` counts those."""
 
     def __init__(self) -> None:
-        # four times the L2 cache at least; long enough to write that the next launches queue up behind it
-        self.flush = torch.empty(max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**29), dtype=torch.int8, device="cuda")
+        self.uncaptured = 0
+        self._memory: torch.Tensor | None = None
+
+    def _flush(self) -> None:
+        if self._memory is None:  # four times the L2 cache at least
+            size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**29)
+            self._memory = torch.empty(size, dtype=torch.int8, device="cuda")
+        self._memory.zero_()
 
     def __call__(self, run, repeats: int = 20) -> float:
         """Microseconds."""
-        for _ in range(3):
-            run()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for start, end in events:
-            self.flush.zero_()
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
+        from fastconv.benchmarks import tuner
+
+        us, captured = tuner.timed(run, repeats, self._flush)
+        self.uncaptured += not captured
+        return us
 
 
-def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype, device: str = "cuda"):
     """(fastconv's function, the same in plain torch, its arguments, bytes moved)."""
     import fastconv
 
     c, h, w, out, k, stride, padding = shape
 
     def tensor(*size, scale=1.0):
-        t = torch.randn(size, device="cuda", dtype=dtype) * scale
+        t = torch.randn(size, device=device, dtype=dtype) * scale
         return t.contiguous(memory_format=torch.channels_last) if len(size) == 4 else t
 
     x = tensor(batch, c, h, w)
@@ -120,14 +125,14 @@ def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
     return ours, plain, args, moved
 
 
-def gradient(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+def gradient(op: str, shape: tuple, batch: int, dtype: torch.dtype, device: str = "cuda"):
     """(fastconv's operator, ATen's, their arguments: the output's gradient and x, bytes moved) of a depthwise layer's backward."""
     c, h, w, _, k, stride, padding = shape
 
     def image(height, width):
-        return torch.randn(batch, c, height, width, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return torch.randn(batch, c, height, width, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    weight = torch.randn(c, 1, k, k, device="cuda", dtype=dtype) / k
+    weight = torch.randn(c, 1, k, k, device=device, dtype=dtype) / k
     args = (image((h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1), image(h, w))
     of_input, geometry = op == GRADIENTS[0], ([stride] * 2, [padding] * 2)
 
@@ -486,6 +491,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for gpu.json, gpu.txt and the charts")
     parser.add_argument("--minutes", type=float, default=8, help="time to spend; what does not fit is left out")
+    parser.add_argument("--warm", type=float, default=90, help="seconds of it, at most, to compile kernels ahead in several processes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was run")
@@ -497,6 +503,11 @@ def main() -> int:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     run = Run(options.minutes)
+    if options.warm:
+        from fastconv.benchmarks import warm
+        from fastconv.kernels.gpu import launch
+
+        print(warm.warm(warm.everything(launch.arch(torch.device("cuda", 0))), min(options.warm, 12 * options.minutes)), flush=True)
     results = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -518,6 +529,7 @@ def main() -> int:
         run.gradients(0.88)
         run.compiled_layers(0.95)
     results["targets"] = targets(results)
+    results["uncaptured"] = run.clock.uncaptured
     results["seconds"] = time.monotonic() - run.began
     text = tables(results)
     (options.out / "gpu.json").write_text(json.dumps(results, indent=1))

@@ -1,6 +1,7 @@
 """Times each block with each tile worth trying, split, in parts and through cuDNN: what `fastconv tune` writes down."""
 
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -11,7 +12,9 @@ import torch
 
 from fastconv.benchmarks import blocks
 from fastconv.kernels.gpu import model, tuned
-from fastconv.kernels.gpu.configs import ATEN, BlockTile, Form, Problem, Split, text
+from fastconv.kernels.gpu.configs import ATEN, BLOCKS, BlockTile, Form, Problem, Split, text
+
+WARM = 0.4  # of the time, at most, to compile kernels ahead in several processes
 
 
 def worth_trying(problem: Problem, arch: str) -> list[BlockTile]:
@@ -46,10 +49,16 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
     arch = launch.arch(torch.device(device, 0) if device == "cuda" else torch.device(device))
     clock = clock or cuda_clock
     began = time.monotonic()
+    if device == "cuda":
+        from fastconv.benchmarks import warm
+
+        ahead = warm.warm(warm.of_blocks(dtype, arch, tuple(op for op in BLOCKS if op != "stem")), WARM * seconds)
+        if ahead.done or ahead.failures:
+            say(str(ahead))
     table = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "arch": arch, "dtype": dtype, "batch": batch}
     table |= {"torch": torch.__version__, "choices": {}, "microseconds": {}}
     torch.backends.cudnn.benchmark = device == "cuda"
-    with torch.no_grad(), _precision("tf32" if dtype == "tf32" else "ieee"):
+    with torch.no_grad(), precision("tf32" if dtype == "tf32" else "ieee"):
         for block in blocks.blocks(dtype):
             if block.problem.op == "stem" or tuned.key(block.problem) in table["choices"]:
                 continue
@@ -71,7 +80,7 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
 
 
 @contextlib.contextmanager
-def _precision(name: str) -> Iterator[None]:
+def precision(name: str) -> Iterator[None]:
     """torch's switch for fp32 products, which the kernels follow."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = name
@@ -92,14 +101,60 @@ def merged(file: Path, table: dict) -> dict:
     return table
 
 
-def cuda_clock(run, repeats: int = 20) -> float:
-    """The median of CUDA-event times in microseconds, after three calls to warm up."""
-    for _ in range(3):
+CALLS = 10  # in a graph: launched one by one from Python, kernels of less than 25 us would wait for their launches
+GRAPH_US = 1000.0  # of calls beyond this, fewer
+
+
+def cuda_clock(run: Callable[[], object], repeats: int = 20) -> float:
+    """Microseconds a call, as `timed` has them."""
+    return timed(run, repeats)[0]
+
+
+def timed(run: Callable[[], object], repeats: int, before: Callable[[], object] | None = None) -> tuple[float, bool]:
+    """(microseconds a call, whether from a CUDA graph): the median of `repeats` replays of a graph of several calls.
+
+    The L2 cache is not flushed between the calls of a graph: networks run their layers back to back, so a layer finds there what the
+    one before it left, and what is larger than the cache comes from memory here as there.
+
+    What cannot be captured is timed call by call, after `before`; a time is then that of its launches, where those take longer.
+    """
+    for _ in range(2):
         run()
+    once = _between(run, 1)[0]
+    calls = max(1, min(CALLS, round(GRAPH_US / max(once, 1e-3))))
+    graph = _captured(run, calls)
+    if graph is None:
+        return statistics.median(_between(run, repeats, before)), False
+    graph.replay()
+    return statistics.median(_between(graph.replay, repeats)) / calls, True
+
+
+def _between(run: Callable[[], object], repeats: int, before: Callable[[], object] | None = None) -> list[float]:
+    """Microseconds between CUDA events around each of `repeats` runs."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
+        if before:
+            before()
         start.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
+    return [1e3 * start.elapsed_time(end) for start, end in events]
+
+
+def _captured(run: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph | None:
+    """A graph of `calls` runs, or None where something in them forbids it."""
+    collects = gc.isenabled()
+    gc.disable()  # a collected tensor or event may call what a capture forbids
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+    finally:
+        if collects:
+            gc.enable()
+    return graph

@@ -1,5 +1,7 @@
 """fastconv tune and what it writes: the model's table, measured choices, and a machine without a GPU."""
 
+import contextlib
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -233,3 +235,69 @@ def test_a_missing_table_is_an_error(tmp_path, monkeypatch, fresh):
     monkeypatch.setenv("FASTCONV_TUNED", str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"FASTCONV_TUNED: .*none\.json"):
         configs.choice(configs.Problem("head", "bf16", 7, 7, 32, 64), "sm_90")
+
+
+class Cuda:
+    """Events and graphs on a clock that only runs move: a launch takes 20 us, a kernel 5."""
+
+    def __init__(self, monkeypatch, captures=True):
+        self.now, self.replays, self.calls, self.capturing, self.captures = 0.0, 0, 0, False, captures
+        for name, fake in (("Event", self.event), ("CUDAGraph", lambda: self), ("graph", self.graph), ("synchronize", lambda: None)):
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def event(self, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.now
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        return Event()
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing, self.calls = True, 0
+        yield
+        self.capturing = False
+
+    def replay(self):
+        self.replays += 1
+        self.now += 5 * self.calls
+
+    def run(self):
+        if self.capturing and not self.captures:
+            self.capturing = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.calls += 1
+        self.now += 0 if self.capturing else 20
+
+
+def test_a_launch_is_no_part_of_a_time(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    assert tuner.timed(cuda.run, 7) == (pytest.approx(5), True)
+    assert cuda.calls == tuner.CALLS
+    assert cuda.replays == 1 + 7
+    assert tuner.cuda_clock(cuda.run) == pytest.approx(5)
+    assert gc.isenabled()
+
+
+def test_long_calls_are_not_repeated_in_a_graph(monkeypatch):
+    cuda = Cuda(monkeypatch)
+
+    def run():
+        cuda.run()
+        cuda.now += 0 if cuda.capturing else 3000
+
+    tuner.timed(run, 7)
+    assert cuda.calls == 1
+
+
+def test_what_cannot_be_captured_is_timed_call_by_call(monkeypatch):
+    cuda, flushed = Cuda(monkeypatch, captures=False), []
+    assert tuner.timed(cuda.run, 7, lambda: flushed.append(1)) == (pytest.approx(20), False)
+    assert len(flushed) == 7
+    assert not cuda.replays
+    assert gc.isenabled()

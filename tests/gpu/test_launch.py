@@ -177,6 +177,25 @@ if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
         """The stem reads it as it lies."""
         assert kernels("mobilenet_v2", layout=torch.contiguous_format) == kernels("mobilenet_v2")
 
+    @pytest.mark.parametrize("what", ["blocks", "layers"])
+    def test_what_is_compiled_ahead(what):
+        """The jobs that are left out as duplicates compile nothing new, and few of the others compile the same."""
+        from fastconv.benchmarks import gpu, warm
+
+        ops = ("inverted_residual", "expand_depthwise", "fire", "head")
+        jobs = warm.of_blocks("f16", "sm_90", ops) if what == "blocks" else warm.of_layers("fp16", "sm_90", (*gpu.OPS, *gpu.GRADIENTS))
+        kept = warm.distinct(jobs)
+        count = driver.Kernel.count
+        for job in kept:
+            job.run(device="cpu")
+        assert len(kept) < len(jobs)
+        assert driver.Kernel.count - count > 0.9 * len(kept)
+        count = driver.Kernel.count
+        for job in jobs:
+            if job not in kept:
+                job.run(device="cpu")
+                assert driver.Kernel.count == count, job.name
+
     def test_all_blocks_fused(monkeypatch):
         """What the target of 20 kernels for MobileNet V2 would take."""
         from fastconv.kernels.gpu import model
