@@ -144,7 +144,7 @@ def _between(run: Callable[[], object], repeats: int, before: Callable[[], objec
 
 def _captured(run: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph | None:
     """A graph of `calls` runs, or None where something in them forbids it."""
-    collects = gc.isenabled()
+    collects, stream = gc.isenabled(), torch.cuda.current_stream()
     gc.disable()  # a collected tensor or event may call what a capture forbids
     try:
         graph = torch.cuda.CUDAGraph()
@@ -155,6 +155,7 @@ def _captured(run: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph | N
         torch.cuda.synchronize()
         return None
     finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own
         if collects:
             gc.enable()
     return graph

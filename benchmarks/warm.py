@@ -83,7 +83,7 @@ def warm(jobs: Iterable[Job], seconds: float, workers: int | None = None) -> Rep
     """Runs the distinct jobs in `workers` processes (None: `available`) until all are done or the time is up; raises for none of them."""
     began = time.monotonic()
     count = available() if workers is None else workers
-    waiting = deque(distinct(jobs)) if count else deque()
+    waiting = deque(distinct(jobs)) if count and seconds > 0 else deque()
     report = Report()
     crew: dict[multiprocessing.connection.Connection, _Worker] = {}
     ending = []

@@ -242,7 +242,10 @@ class Cuda:
 
     def __init__(self, monkeypatch, captures=True):
         self.now, self.replays, self.calls, self.capturing, self.captures = 0.0, 0, 0, False, captures
-        for name, fake in (("Event", self.event), ("CUDAGraph", lambda: self), ("graph", self.graph), ("synchronize", lambda: None)):
+        self.stream = "the caller's"
+        fakes = {"Event": self.event, "CUDAGraph": lambda: self, "graph": self.graph, "synchronize": lambda: None}
+        fakes |= {"current_stream": lambda: self.stream, "set_stream": lambda stream: setattr(self, "stream", stream)}
+        for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
     def event(self, enable_timing):
@@ -259,9 +262,9 @@ class Cuda:
 
     @contextlib.contextmanager
     def graph(self, graph):
-        self.capturing, self.calls = True, 0
-        yield
-        self.capturing = False
+        self.capturing, self.calls, self.stream = True, 0, "its own"
+        yield  # nothing is put back where a capture fails, as in torch
+        self.capturing, self.stream = False, "the caller's"
 
     def replay(self):
         self.replays += 1
@@ -301,3 +304,4 @@ def test_what_cannot_be_captured_is_timed_call_by_call(monkeypatch):
     assert len(flushed) == 7
     assert not cuda.replays
     assert gc.isenabled()
+    assert cuda.stream == "the caller's"
