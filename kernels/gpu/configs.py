@@ -11,9 +11,11 @@ tiles come from arithmetic: 16 bytes a thread and load, accumulators within the 
 benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
@@ -38,6 +40,11 @@ class Problem:
     def size(self) -> tuple[int, int]:
         """The input's height and width."""
         return self.image if self.image != (0, 0) else (self.height, self.width)
+
+    @property
+    def after_expand(self) -> Problem:
+        """What follows the expand of an inverted residual, as one separable block."""
+        return replace(self, op="separable", in_channels=self.between, between=0, image=self.size)
 
     @property
     def item(self) -> int:
@@ -187,6 +194,26 @@ class StagedFireTile:
 def _power(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Split:
+    """An inverted residual as two kernels: the expand as `pointwise`, the rest as `separable` with this tile."""
+
+    tile: BlockTile | StagedTile
+
+
+# How a block runs: as one kernel with this tile, as two, None for one kernel per layer, or ATEN.
+Form = BlockTile | StagedTile | StagedFireTile | Split | str | None
+
+
+def text(form: Form) -> str:
+    """The form as reports and tables on the screen name it."""
+    if isinstance(form, Split):
+        return f"split {text(form.tile)}"
+    if isinstance(form, (StagedTile, StagedFireTile)):
+        return f"staged {'x'.join(str(int(number)) for number in astuple(form))}"
+    return "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
 
 
 # By the kernel's size and the stride of its rows, best first: the first is taken that leaves few places idle (`_strip`). "narrow": channels
@@ -554,17 +581,14 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | WeightTil
 
 
 @functools.lru_cache(maxsize=4096)
-def choice(problem: Problem, arch: str) -> BlockTile | str | None:
-    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model.
-
-    ATEN where cuDNN was measured to be fastest; the model knows nothing of it.
-    """
+def choice(problem: Problem, arch: str) -> Form:
+    """The form that is fastest: measured, or else by the model, which knows nothing of cuDNN."""
     from . import model, tuned
 
     measured = tuned.choice(problem, arch)
     if measured is not None:
         return measured.form
-    return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
+    return model.form(problem, arch)
 
 
 def _strip(tiles: tuple[DepthwiseTile, ...], problem: Problem) -> DepthwiseTile:

@@ -1,4 +1,4 @@
-"""What each kernel moves and computes, by arithmetic: chooses tiles, and whether a block runs fused or in parts. Pure Python.
+"""What each kernel moves and computes, by arithmetic: chooses tiles, and whether a block runs fused, split or in parts. Pure Python.
 
 `fastconv tune --model` prints it for every block of the six networks.
 
@@ -13,7 +13,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from . import configs
-from .configs import SIDE, BlockTile, DepthwiseTile, Problem, StagedFireTile, StagedTile, Strips
+from .configs import SIDE, BlockTile, DepthwiseTile, Form, Problem, Split, StagedFireTile, StagedTile, Strips
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,19 @@ def parts_seconds(problem: Problem, arch: str) -> float:
     return sum(seconds(part, arch, problem.dtype) for part in parts(problem, arch))
 
 
-def fuses(problem: Problem, arch: str) -> bool:
-    """Whether one kernel is no slower than one per layer, by the model."""
-    return fused_seconds(problem, best(problem, arch), arch) <= parts_seconds(problem, arch)
+def split_seconds(problem: Problem, tile: BlockTile | StagedTile, arch: str) -> float:
+    """Of an inverted residual as its expand, then the rest as one kernel."""
+    return seconds(parts(problem, arch)[0], arch, problem.dtype) + fused_seconds(problem.after_expand, tile, arch)
+
+
+def form(problem: Problem, arch: str) -> Form:
+    """The form with the least time by the model; of equals, the one of fewer kernels."""
+    tile = best(problem, arch)
+    if problem.op == "stem":
+        return tile
+    times: dict[Form, float] = {tile: fused_seconds(problem, tile, arch)}
+    if problem.op == "inverted_residual":
+        second = best(problem.after_expand, arch)
+        times[Split(second)] = split_seconds(problem, second, arch)
+    times[None] = parts_seconds(problem, arch)
+    return min(times, key=times.get)
