@@ -12,6 +12,7 @@ multiprocessor). benchmarks/gpu.py times them on the networks' layers; a change 
 
 import functools
 from dataclasses import dataclass
+from typing import TypeVar
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
@@ -105,12 +106,40 @@ class BlockTile:
         return -(-(-(-height // self.run) * width) // self.lanes)
 
 
+@dataclass(frozen=True)
+class PoolTile:
+    """lanes columns of run output rows by channels."""
+
+    run: int
+    lanes: int
+    channels: int
+    num_warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-(-(-height // self.run) * width) // self.lanes)
+
+
+Channelwise = TypeVar("Channelwise", DepthwiseTile, PoolTile, WeightTile)
+
 # Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
 # come in 16-byte loads.
 DEPTHWISE = {
     "half": (DepthwiseTile(8, 8, 64, 4), DepthwiseTile(8, 16, 32, 4), DepthwiseTile(16, 16, 16, 4)),
     "f32": (DepthwiseTile(8, 8, 32, 4), DepthwiseTile(8, 16, 16, 4)),
     "narrow": (DepthwiseTile(8, 8, 16, 4),),
+}
+
+# Widest first; a thread takes 16 bytes of each pixel of its lanes' windows. "plane": one channel, as an NCHW image is read.
+MAX_POOL = {
+    "half": (PoolTile(4, 16, 64, 4), PoolTile(4, 32, 32, 4), PoolTile(4, 64, 16, 4)),
+    "f32": (PoolTile(4, 16, 32, 4), PoolTile(4, 32, 16, 4)),
+    "narrow": (PoolTile(4, 32, 16, 4),),
+    "plane": (PoolTile(4, 128, 1, 4),),
 }
 
 # Widest first, by the kernel's size. A thread keeps a float of every tap for each of its channels and pixels: 72 for a 3x3, 40 or 80 for
@@ -336,7 +365,7 @@ def kind(problem: Problem) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTile | BlockTile:
+def config(problem: Problem, arch: str) -> DepthwiseTile | PoolTile | WeightTile | MatmulTile | BlockTile:
     """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
     if problem.op in BLOCKS:
         from . import model
@@ -348,6 +377,9 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | WeightTile | MatmulTi
     if problem.op in ("depthwise", "depthwise_backward_weight"):
         tiles = DEPTHWISE if problem.op == "depthwise" else DEPTHWISE_WEIGHT[problem.kernel]
         return _depthwise(tiles["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
+    if problem.op == "max_pool":
+        kind = "plane" if problem.out_channels == 1 else "narrow" if narrow_loads else "half" if problem.half else "f32"
+        return _depthwise(MAX_POOL[kind], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if problem.half else problem.dtype
     if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
@@ -369,7 +401,7 @@ def choice(problem: Problem, arch: str) -> BlockTile | str | None:
     return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
 
 
-def _depthwise(tiles: tuple[DepthwiseTile | WeightTile, ...], channels: int) -> DepthwiseTile | WeightTile:
+def _depthwise(tiles: tuple[Channelwise, ...], channels: int) -> Channelwise:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))
