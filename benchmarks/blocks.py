@@ -203,7 +203,7 @@ def modelled(arch: str, dtype: str = "bf16") -> list[dict]:
         row["parts_us"] = 1e6 * model.parts_seconds(problem, arch) if has_parts else row["fused_us"]
         if problem.op == "inverted_residual":
             second = model.best(problem.after_expand, arch)
-            row["split"] = int(model.parts(problem)[0].memory + model.work(problem.after_expand, second).memory)
+            row["split"] = int(model.parts(problem, arch)[0].memory + model.work(problem.after_expand, second).memory)
             row["split_us"] = 1e6 * model.split_seconds(problem, second, arch)
         rows.append(row)
     return rows

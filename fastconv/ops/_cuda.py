@@ -164,6 +164,11 @@ def stem(x, weight, bias=None, stride=(2, 2), padding=(1, 1), activation=None):
     return _run("stem", uncovered(x, weight) or uncovered_stem(weight), **arguments)
 
 
+def max_pool(x, stride=(2, 2), padding=(0, 0), ceil_mode=False):
+    _checks.max_pool(x, stride, padding, ceil_mode)
+    return _run("max_pool", uncovered(x, x[:0]), x=x, stride=stride, padding=padding, ceil_mode=ceil_mode)
+
+
 def global_avg_pool(x):
     _checks.global_avg_pool(x)
     return _run("global_avg_pool", uncovered(x, x[:0]), x=x)
@@ -171,7 +176,7 @@ def global_avg_pool(x):
 
 KERNELS = (
     depthwise, depthwise_backward_input, depthwise_backward_weight, pointwise, fire_expand, fire, separable, inverted_residual, stem,
-    global_avg_pool,
+    max_pool, global_avg_pool,
 )  # fmt: skip
 
 

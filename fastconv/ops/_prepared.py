@@ -93,8 +93,6 @@ def choose(name: str, packed: str | None = None, **arguments) -> tuple[bool, str
         return False, "ATen (FASTCONV_BACKEND=aten)"
     on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in arguments.values())
     if backend == "triton" or (backend == "auto" and on_cuda and has_triton_kernel()):
-        if name == "max_pool":
-            return False, "ATen (no Triton kernel)"
         why = _uncovered_by_triton(name, **arguments)
         if why is None:
             return False, f"{name} triton"

@@ -1,8 +1,8 @@
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, choose
-from fastconv.ops._register import overload, register
+from fastconv.ops._prepared import Prepared, choose, operator
+from fastconv.ops._register import register
 
 _max_pool = register("max_pool", autocast=False)
 
@@ -22,4 +22,5 @@ def max_pool(x: Tensor, *, stride: int | tuple[int, int] = 2, padding: int | tup
 def prepare_max_pool(stride, padding, ceil_mode: bool, *, like: Tensor | None = None) -> Prepared:
     """Binds `max_pool` to its options: returns call(x). like: a tensor of the dtype and device to come, for `kernel` to name."""
     stride, padding = _checks.stride_padding("max_pool", stride, padding)
-    return Prepared(overload("max_pool"), (stride, padding, ceil_mode), choose("max_pool", like=like)[1])
+    _, label = choose("max_pool", like=like)
+    return Prepared(operator("max_pool", label), (stride, padding, ceil_mode), label)

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from . import aten, launch
 from . import fire as fires
@@ -16,6 +15,7 @@ from .configs import ATEN, BlockTile, Problem, Split, choice, text
 from .depthwise import depthwise
 from .fire_expand import fire_expand
 from .global_avg_pool import global_avg_pool
+from .max_pool import max_pool, pooled
 from .pointwise import pointwise
 from .squeeze_excite import squeeze_excite
 
@@ -101,21 +101,15 @@ def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3
 
 def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, ceil_mode) -> torch.Tensor:
     """max_pool(fire(x)): the arguments of `fastconv.ops.fire`, then those of `fastconv.ops.max_pool`; not checked."""
-    size = [_pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
+    size = [pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
     squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
     tile, (_, _, fire_expand) = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
     if tile:
         y = fire_pools.fire_pool(squeezed, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, tuple(size), tile)
     else:
         y = fire_expand(squeezed, weight1x1, bias1x1, weight3x3, bias3x3)
-        y = F.max_pool2d(y, 3, stride, padding, ceil_mode=ceil_mode)
+        y = max_pool(y, stride, padding, ceil_mode)
     return _like(y, x)
-
-
-def _pooled(extent: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Windows of 3 along an axis; with ceil_mode the last may end outside, and must begin inside."""
-    out = (extent + 2 * padding - 3 + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= extent + padding else out
 
 
 def head(x, weight, bias, activation) -> torch.Tensor:

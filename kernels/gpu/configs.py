@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import astuple, dataclass, replace
+from typing import TypeVar
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
@@ -216,6 +217,19 @@ def text(form: Form) -> str:
     return "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
 
 
+@dataclass(frozen=True)
+class PoolTile(Strips):
+    """Of a max-pool."""
+
+    num_warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
+
+
+Channelwise = TypeVar("Channelwise", InputTile, PoolTile, WeightTile)
+
 # By the kernel's size and the stride of its rows, best first: the first is taken that leaves few places idle (`_strip`). "narrow": channels
 # that do not come in 16-byte loads. H100, bf16, batch 128, 23 layers that take more than 25 us: 0.6% slower on average than the best of 25
 # tiles, 2.8% at most. The 5x5 tiles of 4 rows were measured unrolled; those measured both ways are faster as the loop that ships.
@@ -240,6 +254,14 @@ DEPTHWISE_INPUT = {
     "half": (InputTile(4, 4, 64, 4), InputTile(4, 8, 32, 4), InputTile(8, 8, 16, 4)),
     "f32": (InputTile(4, 4, 32, 4), InputTile(4, 8, 16, 4)),
     "narrow": (InputTile(4, 4, 16, 4),),
+}
+
+# Widest first; a thread takes 16 bytes of each pixel of its lanes' windows. "plane": one channel, as an NCHW image is read.
+MAX_POOL = {
+    "half": (PoolTile(4, 16, 64, 4), PoolTile(4, 32, 32, 4), PoolTile(4, 64, 16, 4)),
+    "f32": (PoolTile(4, 16, 32, 4), PoolTile(4, 32, 16, 4)),
+    "narrow": (PoolTile(4, 32, 16, 4),),
+    "plane": (PoolTile(4, 128, 1, 4),),
 }
 
 # Widest first, by the kernel's size. A thread keeps a float of every tap for each of its channels and pixels: 72 for a 3x3, 40 or 80 for
@@ -514,7 +536,9 @@ def staged(problem: Problem, arch: str) -> tuple[StagedTile | StagedFireTile, ..
     if arch != "sm_90" or problem.op not in STAGED_OPS or not problem.half or problem.narrow or problem.stride[0] != problem.stride[1]:
         return ()
     if problem.op == "fire":
-        return tuple(tile for tile in STAGED_FIRE if tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED)
+        return tuple(
+            tile for tile in STAGED_FIRE if tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED
+        )
     return tuple(tile for tile in STAGED.get((problem.kernel, problem.stride[0]), ()) if _holds(problem, tile))
 
 
@@ -553,7 +577,7 @@ def kind(problem: Problem) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | WeightTile | MatmulTile | BlockTile:
+def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | PoolTile | WeightTile | MatmulTile | BlockTile:
     """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
     if problem.op in BLOCKS:
         from . import model
@@ -567,10 +591,13 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | WeightTil
         if problem.op == "depthwise":
             return _strip(DEPTHWISE[kind][problem.kernel, problem.stride[0]], problem)
         tables = DEPTHWISE_INPUT if problem.op == "depthwise_backward_input" else DEPTHWISE_WEIGHT[problem.kernel]
-        return _gradient(tables[kind], problem.out_channels)
+        return _widest(tables[kind], problem.out_channels)
     if problem.half and not narrow_loads and (problem.op, arch) in MEASURED:
         rows = MEASURED[problem.op, arch]
         return next(tile for c, o, tile in rows if problem.in_channels <= c and problem.out_channels <= o)
+    if problem.op == "max_pool":
+        kind = "plane" if problem.out_channels == 1 else "narrow" if narrow_loads else "half" if problem.half else "f32"
+        return _widest(MAX_POOL[kind], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if problem.half else problem.dtype
     if narrow_loads and f"{kind} narrow" in table:
@@ -600,7 +627,7 @@ def _strip(tiles: tuple[DepthwiseTile, ...], problem: Problem) -> DepthwiseTile:
     return next(tile for tile in tiles if 5 * places[tile] <= 6 * min(places.values()))
 
 
-def _gradient(tiles: tuple[InputTile | WeightTile, ...], channels: int) -> InputTile | WeightTile:
+def _widest(tiles: tuple[Channelwise, ...], channels: int) -> Channelwise:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))

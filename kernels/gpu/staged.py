@@ -70,7 +70,9 @@ def lane_layout(lanes, depth, warps):
 def product(slots, channels, warps):
     """wgmma's layout of the result: warps along its pixels first."""
     rows = min(warps, slots // 16)
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[rows, warps // rows], instr_shape=[16, max(8, channels * rows // warps), 16])
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[rows, warps // rows], instr_shape=[16, max(8, channels * rows // warps), 16]
+    )
 
 
 @gluon.constexpr_function
@@ -320,7 +322,9 @@ def separable(
     x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, depthwise_activation, activation, residual, tile
 ) -> torch.Tensor:
     """As `separable.separable`, with a StagedTile; float16 or bfloat16."""
-    result, y = launch.outputs(x, (x.shape[0], pointwise_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding)))
+    result, y = launch.outputs(
+        x, (x.shape[0], pointwise_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding))
+    )
     if y.numel() == 0:
         return result
     weights = (None, None, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
@@ -333,7 +337,9 @@ def inverted_residual(
     stride, padding, expand_activation, depthwise_activation, activation, tile,
 ) -> torch.Tensor:  # fmt: skip
     """As `inverted_residual.inverted_residual`, with a StagedTile; float16 or bfloat16."""
-    result, y = launch.outputs(x, (x.shape[0], project_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding)))
+    result, y = launch.outputs(
+        x, (x.shape[0], project_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding))
+    )
     if y.numel() == 0:
         return result
     weights = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
@@ -370,7 +376,9 @@ def _run(x, weights, residual, y, sums, stride, padding, activations, tile) -> N
 
 
 @functools.lru_cache(maxsize=launch.SHAPES)
-def _launcher(tile, device, dtype, wide, shape, out, expanded, expands, out_channels, kernel, stride, padding, activations) -> launch.Launcher:
+def _launcher(
+    tile, device, dtype, wide, shape, out, expanded, expands, out_channels, kernel, stride, padding, activations
+) -> launch.Launcher:
     n, channels, *size = shape
     depth_in = tile.depth_in(channels)
     align_in, align_between, align_out = map(launch.alignment, (channels, expanded, out_channels or 16))

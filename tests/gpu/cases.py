@@ -53,6 +53,15 @@ FIRE_EXPAND = [
     (1, 40, 40, 24, 1, 1, True),
     (1, 48, 96, 96, 15, 14, True),
 ]
+# N, C, H, W, stride, padding, ceil_mode
+MAX_POOL = [
+    (2, 1, 5, 7, (2, 2), (0, 0), True),
+    (1, 3, 9, 10, (1, 1), (1, 1), False),
+    (2, 24, 8, 6, (2, 2), (0, 0), True),
+    (1, 40, 10, 17, (2, 1), (1, 0), False),
+    (1, 96, 2, 8, (1, 2), (1, 1), True),
+    (1, 8, 19, 5, (4, 3), (0, 1), True),
+]
 
 
 def launcher(op):
@@ -187,6 +196,7 @@ DIFFERENTIATED = {
         (2, 8, 7, 6), [(24, 8, 1, 1), (24,), (24, 1, 3, 3), (24,), (8, 24, 1, 1), (8,)], {"activation": "hardswish", "residual": True},
     ),
     "stem": ((1, 3, 9, 11), [(16, 3, 3, 3), (16,)], {"activation": "relu"}),
+    "max_pool": ((2, 24, 5, 7), [], {"padding": 1}),
     "global_avg_pool": ((2, 24, 5, 7), [], {}),
 }  # fmt: skip
 
@@ -227,6 +237,27 @@ def check_fire_expand(dtype, device, case, channels_last):
     check(x, y, reference.fire_expand(*double(x, w1, b1, w3, b3)), reference.fire_expand(*magnitudes(x, w1, b1, w3, b3)), 9 * c + 1)
 
 
+def check_max_pool(dtype, device, case, channels_last, tile=None):
+    """Exact, NaN and infinities included; below zero, so that padding must not count as zeros."""
+    n, c, h, w, stride, padding, ceil_mode = case
+    c = c if channels_last else min(c, 4)  # each is an image of its own then
+    x = -randn((n, c, h, w), dtype, device, channels_last).abs()
+    for value, share in ((float("nan"), 0.04), (float("inf"), 0.04), (float("-inf"), 0.3)):
+        x[torch.rand(x.shape, device=device) < share] = value
+    y = launcher("max_pool")(x, stride, padding, ceil_mode, tile)
+    wanted = reference.max_pool(x, stride=stride, padding=padding, ceil_mode=ceil_mode)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+    channels_last = channels_last and not x.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def check_max_pool_tiles(device):
+    from fastconv.kernels.gpu import configs
+
+    for tile in sorted({tile for tiles in configs.MAX_POOL.values() for tile in tiles}, key=str):
+        check_max_pool(torch.float32, device, (1, 2 if tile.channels == 1 else 24, 11, 9, (2, 2), (1, 1), False), True, tile)
+
+
 def check_nan(device, activation):
     """NaN, infinities and the activations' corners come out as ATen has them."""
     values = torch.tensor([float("nan"), float("inf"), float("-inf"), -4.0, -3.0, -1.0, -0.0, 0.0, 2.0, 3.0, 6.0, 7.0], device=device)
@@ -259,6 +290,8 @@ def check_empty(dtype, device):
     assert torch.equal(of_weight(x, x, (5, 5), (1, 1), (2, 2)), torch.zeros_like(ones[5]))
     assert launcher("pointwise")(x, ones[1]).shape == (0, 24, 8, 8)
     assert launcher("fire_expand")(x, ones[1], None, ones[3], None).shape == (0, 48, 8, 8)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert launcher("max_pool")(image, (2, 2), (0, 0), True).shape == (0, 24, 4, 4)
 
 
 def check_weight_order(device):
@@ -327,6 +360,16 @@ class Checks:
         sentinel(monkeypatch)
         check_fire_expand(dtype, self.device, case, channels_last)
 
+    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+    @pytest.mark.parametrize("case", MAX_POOL, ids=str)
+    def test_max_pool(self, dtype, case, channels_last, monkeypatch):
+        sentinel(monkeypatch)
+        check_max_pool(dtype, self.device, case, channels_last)
+
+    def test_every_tile_of_max_pool(self, monkeypatch):
+        sentinel(monkeypatch)
+        check_max_pool_tiles(self.device)
+
     @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
     def test_corners_of_activations(self, activation):
         check_nan(self.device, activation)
@@ -343,6 +386,7 @@ class Checks:
         check_depthwise(dtype, self.device, DEPTHWISE[3], True)
         check_depthwise_gradients(dtype, self.device, GRADIENTS[2], True)
         check_fire_expand(dtype, self.device, FIRE_EXPAND[1], True)
+        check_max_pool(dtype, self.device, MAX_POOL[2], True)
 
     def test_empty_batch(self, dtype):
         check_empty(dtype, self.device)

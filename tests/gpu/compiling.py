@@ -20,6 +20,7 @@ FILES = {"expand_depthwise": "inverted_residual"} | dict.fromkeys(GRADIENTS, "de
 BLOCK_DTYPES = {"half": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "bf16")}
 POINTER = {"f32": "*fp32", "tf32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 DTYPES = dict.fromkeys(("half", "half small", "half narrow"), ("f16", "bf16")) | {"tf32": ("tf32",), "f32": ("f32",)}
+DTYPES |= dict.fromkeys(("narrow", "plane"), ("f32", "f16", "bf16"))
 
 
 def jobs() -> list[dict]:
@@ -35,6 +36,10 @@ def jobs() -> list[dict]:
                     found += [_depthwise(arch, dtype, kernel, stride, tile, align) for tile in (tiles[:1] if dtype == "f16" else tiles)]
         for kernel in (3, 5):
             found.append(_depthwise(arch, "bf16", kernel, 1, configs.DEPTHWISE["half"][kernel, 1][0], wide=True))
+        for kind, tiles in configs.MAX_POOL.items():
+            found += [_max_pool(arch, dtype, tile, 8 if kind in ("half", "f32") else 1) for dtype in DTYPES[kind] for tile in tiles]
+        found.append(_max_pool(arch, "bf16", configs.MAX_POOL["half"][0], stride=1))
+        found.append(_max_pool(arch, "bf16", configs.MAX_POOL["half"][0], wide=True))
         found += [job for dtype in ("bf16", "f32") for job in _gradients(arch, dtype)]
         found += [_input_gradient(arch, "f16", configs.DEPTHWISE_INPUT["half"][0])]  # bf16's code with another instruction
         found += [_weight_gradient(arch, "f16", kernel, tables["half"][0]) for kernel, tables in configs.DEPTHWISE_WEIGHT.items()]
@@ -74,6 +79,17 @@ def _depthwise(arch: str, dtype: str, kernel: int, stride: int, tile, align: int
 def _options(arch: str, tile) -> dict:
     """As `launch.options`."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if arch == "gfx942" else {"maxnreg": 255})
+
+
+def _max_pool(arch: str, dtype: str, tile, align: int = 8, stride: int = 2, wide: bool = False) -> dict:
+    constants = {"STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": align, "WIDE": wide} | tile.constants
+    return {
+        "op": "max_pool",
+        "arch": arch,
+        "dtype": dtype,
+        "constants": constants,
+        "options": {"num_warps": tile.num_warps, "num_stages": 3},
+    }
 
 
 def _gradients(arch: str, dtype: str) -> list[dict]:
@@ -155,6 +171,7 @@ def name(job: dict) -> str:
     c = job["constants"]
     fields = ("RUN", "LANES", "ROWS", "COLS", "PIXELS", "CHANNELS", "DEPTH", "DEPTH_IN")
     variant = f"-k{c['K']}s{c['STRIDE_H']}" if "K" in c else f"-stages{job['options']['num_stages']}"
+    variant += "-s1" if job["op"] == "max_pool" and c["STRIDE_H"] == 1 else ""
     variant += ("" if aligned(job) else "-unaligned") + ("-wide" if c.get("WIDE") else "") + ("-loop" if c.get("STEPS") == 2 else "")
     variant += "-gate" if job["op"] == "pointwise" and "gate_ptr" not in c else ""
     tile = "x".join(str(c[field]) for field in fields if field in c)

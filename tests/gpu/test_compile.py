@@ -47,7 +47,7 @@ def test_binary(job, facts):
     # The rest is biases; a block loads taps per use, a stem pixels of few channels.
     if compiling.aligned(job) and job["op"] not in configs.BLOCKS and fills_loads(job):
         assert binary["wide_loads"] >= 0.75
-    if job["op"].startswith("depthwise") or (job["dtype"] == "f32" and job["arch"] != "gfx942"):
+    if job["op"].startswith(("depthwise", "max_pool")) or (job["dtype"] == "f32" and job["arch"] != "gfx942"):
         assert binary["tensor_cores"] is None  # ieee fp32 has no tensor-core instruction there
     elif job["op"] in configs.BLOCKS:
         assert binary["tensor_cores"] in TENSOR_CORES[job["arch"]]
@@ -78,15 +78,15 @@ def test_blocks_of_64_lanes_take_wgmma(chosen, facts):
 
 
 def shipped(op: str, arch: str) -> set:
-    table = {"pointwise": configs.POINTWISE, "fire_expand": configs.FIRE_EXPAND}[op][arch]
+    table = {"max_pool": configs.MAX_POOL, "pointwise": configs.POINTWISE[arch], "fire_expand": configs.FIRE_EXPAND[arch]}[op]
     return {(dtype, tile) for kind, tiles in table.items() for tile in tiles for dtype in compiling.DTYPES[kind]}
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
-@pytest.mark.parametrize("op", ["pointwise", "fire_expand"])
+@pytest.mark.parametrize("op", ["max_pool", "pointwise", "fire_expand"])
 def test_every_tile_is_chosen_and_no_other(op, arch):
     chosen = set()
-    for dtype in ("f32", "f16", "bf16") if arch == "gfx942" else ("f32", "tf32", "f16", "bf16"):  # tf32 is NVIDIA's
+    for dtype in ("f32", "f16", "bf16") if op == "max_pool" or arch == "gfx942" else ("f32", "tf32", "f16", "bf16"):  # tf32 is NVIDIA's
         for size in (7, 13, 14, 15, 56):
             for in_channels in (1, 3, 16, 24, 32, 40, 48, 64, 96, 160, 960):
                 for out_channels in (1, 16, 24, 32, 64, 72, 96, 128, 1000):

@@ -41,6 +41,7 @@ ARGUMENTS = {
         r(2, 24, 9, 11), r(96, 24, 1, 1), r(96), r(96, 1, 3, 3), r(96), r(24, 96, 1, 1), r(24), (1, 1), (1, 1), "relu6", True,
     ),
     "stem": lambda r: (r(2, 3, 19, 21), r(24, 3, 3, 3), r(24), (2, 2), (1, 1), "hardswish"),
+    "max_pool": lambda r: (r(2, 40, 9, 11), (2, 2), (1, 0), True),
     "global_avg_pool": lambda r: (r(2, 40, 9, 11),),
 }  # fmt: skip
 # Operators in a file of another name; the blocks' launchers choose: one kernel or several.
@@ -114,7 +115,7 @@ def _enough_memory(gigabytes):
 # (N, C, H, W): many images; one image that alone passes 2^31 elements
 @one_at_a_time
 @pytest.mark.parametrize("shape", [(1400, 128, 112, 112), (1, 64, 5824, 5824)], ids=str)
-@pytest.mark.parametrize("op", ["depthwise", "pointwise", "fire_expand", "separable", "inverted_residual", "fire"])
+@pytest.mark.parametrize("op", ["depthwise", "pointwise", "fire_expand", "separable", "inverted_residual", "fire", "max_pool"])
 def test_past_2_31_elements(op, shape):
     """Patches at the start, across 2^31 elements and at the end agree with the kernel on the patch alone."""
     _enough_memory(32)
@@ -134,6 +135,7 @@ def test_past_2_31_elements(op, shape):
         "separable": (weight(c, 1, 3, 3), None, weight(c, c, 1, 1), None),
         "inverted_residual": (weight(32, c, 1, 1), None, weight(32, 1, 3, 3), None, weight(c, 32, 1, 1), None),
         "fire": (weight(16, c, 1, 1), None, weight(c // 2, 16, 1, 1), None, weight(c // 2, 16, 3, 3), None),
+        "max_pool": ((1, 1), (1, 1)),
     }[op]
     run = cases.launcher(op)  # the fused kernel of a block, chosen or not
     y = run(x, *weights)
@@ -155,7 +157,8 @@ def test_memcheck():
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(tool):
         pytest.skip("compute-sanitizer is not installed")
-    few = "TestDevice and (test_nchw or test_head or test_squeeze_excite or (test_depthwise and channels_last) or test_wide) and not f32"
+    some = "test_nchw or test_head or test_squeeze_excite or ((test_depthwise or test_max_pool) and channels_last) or test_wide"
+    few = f"TestDevice and ({some}) and not f32"
     pytest_of_it = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__, "-k", few]
     # one allocation a tensor: in torch's pool a neighbour would hide a wrong address
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

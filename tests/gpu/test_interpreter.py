@@ -218,6 +218,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             assert counts.keys() <= {"x", "output", *named}
             assert not any(counts[name].stored for name in counts.keys() - {"output"})
 
+    def test_traffic_of_a_max_pool(monkeypatch):
+        """A row of a window's column once for all output rows of a lane that it serves; each output once."""
+        from fastconv.kernels.gpu import max_pool, model
+
+        x = torch.randn(2, 24, 9, 11).contiguous(memory_format=torch.channels_last)
+        problem = max_pool.problem(x, (2, 2), (0, 0), (4, 5))
+        tile = configs.config(problem, "sm_80")
+        with monkeypatch.context() as patch:
+            counts = traffic.count(patch, lambda: max_pool.max_pool(x), x=x)
+        assert counts["x"].loaded == 2 * model.issued(problem, tile)
+        assert len(counts["x"].read) == x.numel()
+        assert counts["output"].stored == 2 * model.results(problem)
+        assert len(set(counts["output"].written)) == len(counts["output"].written)
+        assert not counts["x"].stored
+        assert not counts["output"].loaded
+
     TUNED = [
         configs.Problem("separable", "f32", 5, 6, 8, 16, 3, (2, 2), (1, 1), 0, (9, 11)),
         configs.Problem("inverted_residual", "f32", 6, 7, 8, 8, 3, (1, 1), (1, 1), 24),
