@@ -102,12 +102,12 @@ def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3
 def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, ceil_mode) -> torch.Tensor:
     """max_pool(fire(x)): the arguments of `fastconv.ops.fire`, then those of `fastconv.ops.max_pool`; not checked."""
     size = [pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
-    squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
-    tile, (_, _, fire_expand) = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
+    tile, _ = chosen(fire_pools.problem(x, weight1x1, weight3x3, stride, padding, tuple(size)), x)
     if tile:
+        squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
         y = fire_pools.fire_pool(squeezed, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, tuple(size), tile)
-    else:
-        y = fire_expand(squeezed, weight1x1, bias1x1, weight3x3, bias3x3)
+    else:  # the fire in the form that is fastest for it
+        y = fire(launch.nhwc(x), squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
         y = max_pool(y, stride, padding, ceil_mode)
     return _like(y, x)
 
