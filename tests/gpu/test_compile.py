@@ -56,11 +56,14 @@ def test_binary(job, facts):
 
 
 def fills_loads(job: dict) -> bool:
-    """Whether a tile has 16 bytes for every thread: some of depthwise have 8, and some of gfx942, whose warps have 64 threads."""
+    """Whether a tile has 16 bytes for every thread. Some of gfx942, whose warps have 64 threads, and some of depthwise have 8, and one of
+    fire_expand, of its weights."""
     if job["arch"] == "gfx942":
         return False
     c = job["constants"]
-    return job["op"] != "depthwise" or c["LANES"] * c["CHANNELS"] * (4 if job["dtype"] == "f32" else 2) >= 512 * job["options"]["num_warps"]
+    loaded = {"depthwise": ("LANES", "CHANNELS"), "fire_expand": ("CHANNELS", "DEPTH")}.get(job["op"])
+    item = 2 if job["dtype"] in ("f16", "bf16") else 4
+    return loaded is None or c[loaded[0]] * c[loaded[1]] * item >= 512 * job["options"]["num_warps"]
 
 
 def test_blocks_of_64_lanes_take_wgmma(chosen, facts):
