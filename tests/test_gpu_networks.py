@@ -205,15 +205,15 @@ def test_tests_in_several_processes(installed, tmp_path, monkeypatch):
 STOPPED = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests may have it ignored
-helper = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"])
-print("began", helper.pid, flush=True)
+started = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"])
+print("began", started.pid, flush=True)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
     {then}
     print("summary", flush=True)
 """
-THEN = {"prints": "pass", "waits for its processes": "helper.wait()", "hangs": "time.sleep(60)"}
+THEN = {"prints": "pass", "waits for its processes": "started.wait()", "hangs": "time.sleep(60)"}
 
 
 @pytest.mark.parametrize("then", THEN)
@@ -226,8 +226,8 @@ def test_a_part_that_is_stopped_may_print_its_summary(then, tmp_path, monkeypatc
     assert time.monotonic() - began < 6
     text = (tmp_path / "log").read_text()
     assert ("summary" in text) == (then != "hangs")
-    helper = int(text.split()[1])
-    while _lives(helper):
+    started = int(text.split()[1])
+    while _lives(started):
         assert time.monotonic() - began < 10
         time.sleep(0.02)
 
