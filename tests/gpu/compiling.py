@@ -227,7 +227,7 @@ def name(job: dict) -> str:
 
 
 def aligned(job: dict) -> bool:
-    return next((value for key, value in job["constants"].items() if key.startswith("ALIGN")), 8) == 8
+    return next((value for key, value in job["constants"].items() if key.startswith("ALIGN")), 8) >= 8
 
 
 def compile_job(job: dict) -> dict:
@@ -250,7 +250,7 @@ def compile_job(job: dict) -> dict:
         else:
             signature[argument] = "i32"
     if job["op"].startswith("staged"):
-        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # noqa: N813
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constexprs=job["constants"], attrs=aligned)
     if job["arch"] == "gfx942":
         return _amd(triton.compile(source, target=GPUTarget("hip", job["arch"], 64), options=job["options"]))
@@ -298,7 +298,9 @@ def key(job: dict) -> str:
     import triton
 
     folder = Path(configs.__file__).parent
-    sources = b"".join((folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py", "staged.py"))
+    sources = b"".join(
+        (folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py", "staged.py")
+    )
     mine = Path(__file__).read_bytes()
     return hashlib.sha256(sources + mine + json.dumps(job, sort_keys=True).encode() + triton.__version__.encode()).hexdigest()
 
