@@ -124,6 +124,17 @@ class PoolTile:
         return -(-(-(-height // self.run) * width) // self.lanes)
 
 
+STEM_DEPTH = 32
+
+
+def stem_steps(kernel_h: int, kernel_w: int, channels: int) -> tuple[int, bool]:
+    """(steps of STEM_DEPTH that the stem's kernel takes a window in, whether each is a row): by rows where one fills most of a step."""
+    row = kernel_w * channels
+    steps = -(-kernel_h * row // STEM_DEPTH)
+    by_rows = steps > 1 and STEM_DEPTH // 2 < row <= STEM_DEPTH
+    return (kernel_h, True) if by_rows else (steps, False)
+
+
 Channelwise = TypeVar("Channelwise", DepthwiseTile, PoolTile, WeightTile)
 
 # Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
@@ -341,7 +352,8 @@ TABLES = {
     },
     "stem": {
         arch: {
-            "half": _tiles((1, 128, 16, 32, 4), (1, 128, 32, 32, 4), (1, 128, 64, 32, 8), (1, 64, 128, 32, 8)),
+            "half": _tiles((1, 128, 16, 32, 4), (1, 128, 32, 32, 4), (1, 128, 64, 32, 8), (1, 64, 128, 32, 4), (1, 64, 128, 32, 8))
+            + _tiles((1, 128, 128, 32, 8), (1, 64, 128, 32, 4), stages=2),
             "tf32": _tiles((1, 64, 16, 32, 4), (1, 64, 32, 32, 4), (1, 64, 64, 32, 8)),
             "f32": _tiles((1, 64, 16, 32, 4), (1, 64, 32, 32, 4), (1, 64, 64, 32, 8)),
         }
