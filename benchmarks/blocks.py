@@ -1,4 +1,4 @@
-"""The networks' blocks as problems of the GPU kernels: what there is to fuse, and each as one kernel, in parts and in plain torch."""
+"""The networks' blocks as problems of the GPU kernels: what there is to fuse, and each as one kernel, split, in parts, in plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastconv import reference
 from fastconv.benchmarks import layers
 from fastconv.kernels.gpu import model
-from fastconv.kernels.gpu.configs import BlockTile, Problem, choice
+from fastconv.kernels.gpu.configs import BlockTile, Problem, choice, text
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "tf32": torch.float32}
 # the fires that a 3x3 max-pool with stride 2 and ceil_mode follows, and the size it makes
@@ -66,7 +66,7 @@ def blocks(dtype: str = "bf16", ops: tuple[str, ...] = ()) -> list[Block]:
 
 
 class Case:
-    """A block with random weights and inputs: `fused(tile)`, `parts()` and `plain()` compute the same.
+    """A block with random weights and inputs: `fused(tile)`, `parts()`, `plain()` and, of an inverted residual, `split(tile)` are the same.
 
     `plain` is torch's own operators one by one; inputs are channels_last, weights as the kernels read them. As a squeeze-excitation's
     first half, all give the depthwise result and the mean of its pixels.
@@ -154,6 +154,14 @@ class Case:
     def fused(self, tile: BlockTile | None = None):
         return self._run(True, tile)
 
+    def split(self, tile: BlockTile | None = None):
+        """The expand, then the rest as one kernel; tile: of the second."""
+        from fastconv.kernels.gpu import pointwise, separable
+
+        p, w, act = self.problem, self.weights, self.block.activation
+        y = pointwise.pointwise(self.x, *w[:2], None, act)
+        return separable.separable(y, *w[2:], p.stride, p.padding, act, None, self.x if self.block.residual else None, tile)
+
     def parts(self):
         return self._run(False)
 
@@ -185,17 +193,21 @@ class Case:
 
 
 def modelled(arch: str, dtype: str = "bf16") -> list[dict]:
-    """What the model says of each block: the form and tile chosen, bytes an image through device memory fused, in parts and at least."""
+    """What the model says of each block: the form chosen, bytes an image through device memory fused, split, in parts and at least."""
     rows = []
     for block in blocks(dtype):
         problem = block.problem
-        tile, best = choice(problem, arch), model.best(problem, arch)
+        best = model.best(problem, arch)
         row = {"net": block.net, "layer": block.layer, "op": problem.op, "shape": block.shape, "count": block.count}
-        row["tile"] = None if tile is None else list(tile.constants.values())
+        row["form"] = text(choice(problem, arch))
         row |= {"floor": model.floor(problem), "fused": int(model.work(problem, best).memory), "issued": model.issued(problem, best)}
         has_parts = problem.op != "stem"
-        row["parts"] = int(sum(part.memory for part in model.parts(problem))) if has_parts else row["fused"]
+        row["parts"] = int(sum(part.memory for part in model.parts(problem, arch))) if has_parts else row["fused"]
         row["fused_us"] = 1e6 * model.fused_seconds(problem, best, arch)
         row["parts_us"] = 1e6 * model.parts_seconds(problem, arch) if has_parts else row["fused_us"]
+        if problem.op == "inverted_residual":
+            second = model.best(problem.after_expand, arch)
+            row["split"] = int(model.parts(problem, arch)[0].memory + model.work(problem.after_expand, second).memory)
+            row["split_us"] = 1e6 * model.split_seconds(problem, second, arch)
         rows.append(row)
     return rows

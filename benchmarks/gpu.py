@@ -1,13 +1,17 @@
 """Times the GPU kernels on the layers of the six networks, and the networks: `python benchmarks/gpu.py --out DIR [--minutes 8]`.
 
 Every block (stem, separable, inverted residual, fire, with max-pool, head) runs with each tile worth trying, in parts, in eager cuDNN
-and, while time is left, through torch.compile; each beside the time its fewest bytes take at the copy rate. What was aimed at stands
-beside what was reached. torch's side has its batch norms folded, which a user's model does not.
+and, while time is left, through torch.compile, an inverted residual also split: its expand, then the rest as one kernel; each beside the
+time its fewest bytes take at the copy rate. What was aimed at stands beside what was reached.
+torch's side has its batch norms folded, which a user's model does not.
 
 Every layer (benchmarks/shapes/*.txt) runs as fastconv's operator, as eager cuDNN (channels_last, benchmark mode: convolution, bias,
 activation) and, while time is left, as the same through torch.compile(mode="max-autotune-no-cudagraphs"). A result is checked
-against float64 before it is timed. Times are medians of CUDA events with the L2 cache flushed before each run; the flush also
-covers the launch, so host time does not count. GB/s counts input, output and weights once; percent is of a measured copy.
+against float64 before it is timed. Times are medians of replayed CUDA graphs of up to ten calls, so host time does not count, and the L2
+cache is not flushed between calls: networks run their layers back to back too (`tuner.timed`). GB/s counts input, output and weights
+once; percent is of a measured copy, and may pass 100 where the cache holds a layer.
+
+Kernels are compiled ahead in several processes first (`warm.py`), for `--warm` seconds at most.
 
 The gradients of every depthwise layer, with respect to its input and its weight, stand beside ATen's (cuDNN's or its own kernel,
 whichever it chooses), timed and checked in the same way.
@@ -57,34 +61,36 @@ def read_shapes(op: str) -> dict[tuple, list[str]]:
 
 
 class Clock:
-    """Medians of CUDA-event times, the L2 cache flushed before each run."""
+    """Medians of `tuner.timed`. A call that no CUDA graph takes is timed by itself, the L2 cache flushed before it: that is long enough to
+    write that the launches queue up behind it. `uncaptured` counts those."""
 
     def __init__(self) -> None:
-        # four times the L2 cache at least; long enough to write that the next launches queue up behind it
-        self.flush = torch.empty(max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**29), dtype=torch.int8, device="cuda")
+        self.uncaptured = 0
+        self._memory: torch.Tensor | None = None
+
+    def _flush(self) -> None:
+        if self._memory is None:  # four times the L2 cache at least
+            size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**29)
+            self._memory = torch.empty(size, dtype=torch.int8, device="cuda")
+        self._memory.zero_()
 
     def __call__(self, run, repeats: int = 20) -> float:
         """Microseconds."""
-        for _ in range(3):
-            run()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for start, end in events:
-            self.flush.zero_()
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return 1e3 * statistics.median(start.elapsed_time(end) for start, end in events)
+        from fastconv.benchmarks import tuner
+
+        us, captured = tuner.timed(run, repeats, self._flush)
+        self.uncaptured += not captured
+        return us
 
 
-def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype, device: str = "cuda"):
     """(fastconv's function, the same in plain torch, its arguments, bytes moved)."""
     import fastconv
 
     c, h, w, out, k, stride, padding = shape
 
     def tensor(*size, scale=1.0):
-        t = torch.randn(size, device="cuda", dtype=dtype) * scale
+        t = torch.randn(size, device=device, dtype=dtype) * scale
         return t.contiguous(memory_format=torch.channels_last) if len(size) == 4 else t
 
     x = tensor(batch, c, h, w)
@@ -119,14 +125,14 @@ def layer(op: str, shape: tuple, batch: int, dtype: torch.dtype):
     return ours, plain, args, moved
 
 
-def gradient(op: str, shape: tuple, batch: int, dtype: torch.dtype):
+def gradient(op: str, shape: tuple, batch: int, dtype: torch.dtype, device: str = "cuda"):
     """(fastconv's operator, ATen's, their arguments: the output's gradient and x, bytes moved) of a depthwise layer's backward."""
     c, h, w, _, k, stride, padding = shape
 
     def image(height, width):
-        return torch.randn(batch, c, height, width, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return torch.randn(batch, c, height, width, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    weight = torch.randn(c, 1, k, k, device="cuda", dtype=dtype) / k
+    weight = torch.randn(c, 1, k, k, device=device, dtype=dtype) / k
     args = (image((h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1), image(h, w))
     of_input, geometry = op == GRADIENTS[0], ([stride] * 2, [padding] * 2)
 
@@ -195,25 +201,32 @@ class Run:
 
     def one_block(self, block, dtype_name: str, copy_gb_s: float) -> None:
         from fastconv.benchmarks.blocks import Case
-        from fastconv.benchmarks.tuner import worth_trying
+        from fastconv.benchmarks.tuner import forms, run_of
         from fastconv.kernels.gpu import configs, launch, model
 
         arch = launch.arch(torch.device("cuda", 0))
         batch = BATCHES[0]
         few, case = Case(block, 4, "cuda"), Case(block, batch, "cuda")
         row = {"net": block.net, "layer": block.layer, "op": block.problem.op, "shape": block.shape, "count": block.count}
-        row |= {"dtype": dtype_name, "batch": batch, "tiles_us": {}}
-        chosen = configs.choice(block.problem, arch)
-        row["chosen"] = "in parts" if chosen is None else str(chosen)
-        for tile in worth_trying(block.problem, arch):
-            error = few.error(few.fused(tile))
+        row |= {"dtype": dtype_name, "batch": batch, "chosen": configs.text(configs.choice(block.problem, arch))}
+        row |= {"tiles_us": {}, "split_tiles_us": {}}
+        for form in forms(block.problem, arch):
+            if form == configs.ATEN:
+                continue
+            error = few.error(run_of(few, form)())
             if not error < WRONG[dtype_name]:
-                raise ArithmeticError(f"{tile}: relative error {error:.2e} against float64")
+                raise ArithmeticError(f"{configs.text(form)}: relative error {error:.2e} against float64")
             row["error"] = max(row.get("error", 0.0), error)
-            row["tiles_us"][str(tile)] = self.clock(lambda tile=tile: case.fused(tile), repeats=10)
+            us = self.clock(run_of(case, form), repeats=10)
+            if form is None:
+                row["parts_us"] = us
+            elif isinstance(form, configs.Split):
+                row["split_tiles_us"][str(form.tile)] = us
+            else:
+                row["tiles_us"][str(form)] = us
         row["fused_us"] = min(row["tiles_us"].values())
-        if block.problem.op != "stem":
-            row["parts_us"] = self.clock(case.parts, repeats=10)
+        if row["split_tiles_us"]:
+            row["split_us"] = min(row["split_tiles_us"].values())
         row["eager_us"] = self.clock(case.plain, repeats=10)
         row["floor_us"] = batch * model.floor(block.problem) / copy_gb_s / 1e3
         self.block_rows.append(row)
@@ -363,8 +376,8 @@ def best_peer(row: dict) -> float:
 
 
 def ours(row: dict) -> float:
-    """Microseconds of the faster form: what `fastconv tune` would choose."""
-    return min(row["fused_us"], row.get("parts_us", math.inf))
+    """Microseconds of the fastest form of ours: what `fastconv tune` would choose."""
+    return min(row[name] for name in ("fused_us", "split_us", "parts_us") if name in row)
 
 
 def targets(results: dict) -> list[dict]:
@@ -391,11 +404,12 @@ def targets(results: dict) -> list[dict]:
 
 
 def block_table(results: dict) -> str:
-    """Every block: microseconds fused, in parts and of the peers, and the share of the time its fewest bytes take."""
+    """Every block: microseconds fused, split, in parts and of the peers, and the share of the time its fewest bytes take."""
     head = f"{'network':20s} {'block':22s} {'op':18s} {'shape':26s} {'dtype':5s}"
-    lines = [f"{head} {'fused':>9s} {'parts':>9s} {'eager':>9s} {'compile':>9s} %floor"]
+    lines = [f"{head} {'fused':>9s} {'split':>9s} {'parts':>9s} {'eager':>9s} {'compile':>9s} %floor"]
     for row in results["blocks"]:
-        cells = (f"{row[name]:9.1f}" if name in row else " " * 9 for name in ("fused_us", "parts_us", "eager_us", "compile_us"))
+        names = ("fused_us", "split_us", "parts_us", "eager_us", "compile_us")
+        cells = (f"{row[name]:9.1f}" if name in row else " " * 9 for name in names)
         share = 100 * row["floor_us"] / ours(row)
         head = f"{row['net']:20s} {row['layer']:22s} {row['op']:18s} {row['shape']:26s} {row['dtype']:5s}"
         lines.append(f"{head} {' '.join(cells)} {share:5.0f}%")
@@ -477,6 +491,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for gpu.json, gpu.txt and the charts")
     parser.add_argument("--minutes", type=float, default=8, help="time to spend; what does not fit is left out")
+    parser.add_argument("--warm", type=float, default=90, help="seconds of it, at most, to compile kernels ahead in several processes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was run")
@@ -488,6 +503,11 @@ def main() -> int:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     run = Run(options.minutes)
+    if options.warm:
+        from fastconv.benchmarks import warm
+        from fastconv.kernels.gpu import launch
+
+        print(warm.warm(warm.everything(launch.arch(torch.device("cuda", 0))), min(options.warm, 12 * options.minutes)), flush=True)
     results = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -509,6 +529,7 @@ def main() -> int:
         run.gradients(0.88)
         run.compiled_layers(0.95)
     results["targets"] = targets(results)
+    results["uncaptured"] = run.clock.uncaptured
     results["seconds"] = time.monotonic() - run.began
     text = tables(results)
     (options.out / "gpu.json").write_text(json.dumps(results, indent=1))

@@ -45,6 +45,10 @@ def test_tables():
     assert len(rows) == 4
     assert rows[1].split()[-5:] == ["10.0", "20.0", "80.0", "40.0", "50%"]
     assert rows[2].endswith("25%")  # of the faster form, in parts
+    split = results()["blocks"][0] | {"op": "inverted_residual", "split_us": 8.0}
+    rows = gpu.block_table(results(blocks=[split])).splitlines()
+    assert rows[1].split()[-6:] == ["10.0", "8.0", "20.0", "80.0", "40.0", "62%"]  # of the split form, the fastest
+    assert len({len(row) for row in rows}) == 1
     rows = gpu.layer_table(results()).splitlines()
     assert len(rows) == 3
     assert rows[1].split()[-2:] == ["2000", "50"]

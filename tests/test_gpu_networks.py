@@ -1,6 +1,8 @@
 """benchmarks/gpu_networks.py and gpu_all.py without a GPU: a whole run on the CPU with small images, the budgets, the report."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -160,7 +162,7 @@ def test_all_parts_within_one_budget(tmp_path, monkeypatch):
 
     def last(seconds):
         asked.append(seconds)
-        return part("print('last')")(seconds)
+        return part("print('the end')")(seconds)
 
     parts = [("tests", 0.4, part("import time; print('began', flush=True); time.sleep(60)"))]
     parts += [("networks", 0.5, part("print('broken'); raise SystemExit(3)")), ("blocks", 1.0, last)]
@@ -170,13 +172,75 @@ def test_all_parts_within_one_budget(tmp_path, monkeypatch):
     assert [row["status"] for row in summary] == ["stopped", 3, 0]
     assert 0.5 < asked[0] < 3
     text = (tmp_path / "gpu.log").read_text()
-    assert [text.index(word) for word in ("began", "broken", "last")] == sorted(text.index(word) for word in ("began", "broken", "last"))
+    found = [text.index(word) for word in ("began", "broken", "the end")]
+    assert found == sorted(found)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert [row["status"] for row in gpu_all.run_all(parts[1:], 0.4, tmp_path)] == ["no time", "no time"]
 
 
 def test_the_parts_exist(tmp_path):
+    assert [name for name, *_ in gpu_all.commands(tmp_path)] == ["warm", "tests", "networks", "blocks"]
     for name, _, command in gpu_all.commands(tmp_path):
         words = command(90.0)
         assert Path(words[1] if name != "tests" else words[5]).exists()
         assert name == "tests" or words[-2:] == ["--minutes", "1.500"]
+        if name != "tests":
+            help_of_it = subprocess.run([*words, "--help"], capture_output=True, text=True, check=True).stdout
+            assert all(word in help_of_it for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tests_in_several_processes(installed, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_all, "find_spec", lambda name: installed)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    command = next(command(90.0) for name, _, command in gpu_all.commands(tmp_path) if name == "tests")
+    assert (command[-4:] == ["-n", "8", "--dist", "loadgroup"]) is installed
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert gpu_all.environment(command).get("OMP_NUM_THREADS") == ("2" if installed else None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    command = next(command(90.0) for name, _, command in gpu_all.commands(tmp_path) if name == "tests")
+    assert "-n" not in command
+
+
+STOPPED = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests may have it ignored
+started = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"])
+print("began", started.pid, flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    {then}
+    print("summary", flush=True)
+"""
+THEN = {"prints": "pass", "waits for its processes": "started.wait()", "hangs": "time.sleep(60)"}
+
+
+@pytest.mark.parametrize("then", THEN)
+def test_a_part_that_is_stopped_may_print_its_summary(then, tmp_path, monkeypatch):
+    """It is interrupted first, and nothing that it started goes on."""
+    monkeypatch.setattr(gpu_all, "SUMMARY", 2.5)
+    began = time.monotonic()
+    with (tmp_path / "log").open("w+") as log:
+        assert gpu_all._run([sys.executable, "-c", STOPPED.format(then=THEN[then])], 1.0, log) == "stopped"
+    assert time.monotonic() - began < 6
+    text = (tmp_path / "log").read_text()
+    assert ("summary" in text) == (then != "hangs")
+    started = int(text.split()[1])
+    while _lives(started):
+        assert time.monotonic() - began < 10
+        time.sleep(0.02)
+
+
+def _lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_pytest_names_what_failed_before_it_was_stopped(tmp_path):
+    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): assert 1 == 2, 'a reason'\ndef test_b(): time.sleep(60)\n")
+    with (tmp_path / "log").open("w+") as log:
+        assert gpu_all._run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], 4.0, log) == "stopped"
+    assert "AssertionError: a reason" in (tmp_path / "log").read_text()

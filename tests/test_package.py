@@ -44,6 +44,7 @@ def test_the_sdist_has_what_a_build_and_a_reader_need(sdist):
         "csrc/*",
         "kernels/cpu/*",
         "kernels/gpu/*.py",
+        "kernels/gpu/tables/*.json",
         "benchmarks/**/*.py",
         "tests/**/*.py",
         "docs/**/*.md",
@@ -56,7 +57,8 @@ def test_the_sdist_has_what_a_build_and_a_reader_need(sdist):
 
 def test_the_wheel_has_python_the_schemas_and_one_extension(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for file in [*(ROOT / "fastconv").rglob("*.py"), ROOT / "fastconv/schemas.inc", *(ROOT / "kernels").rglob("*.py")]:
+    ours = [*(ROOT / "fastconv").rglob("*.py"), ROOT / "fastconv/schemas.inc", *(ROOT / "kernels").rglob("*.py")]
+    for file in [*ours, *(ROOT / "kernels/gpu").glob("tables/*.json")]:
         relative = file.relative_to(ROOT).as_posix()
         assert (relative if relative.startswith("fastconv/") else f"fastconv/{relative}") in names
     assert len([name for name in names if re.fullmatch(r"fastconv/_C\..*\.so", name)]) == 1

@@ -20,7 +20,7 @@ import click
     "--arch", type=click.Choice(["sm_80", "sm_90", "gfx942"]), default=None, help="With --model: the architecture.  [default: sm_90]"
 )
 def tune(out: str | None, dtype: str, batch: int, minutes: float, only_model: bool, arch: str | None) -> None:
-    """Time every block of the six networks with each tile worth trying, in parts and through cuDNN, and write down the fastest.
+    """Time every block of the six networks with each tile worth trying, split, in parts and through cuDNN, and write down the fastest.
 
     The model of traffic, arithmetic and registers leaves out tiles that it holds more than three times as slow as its best.
     """
@@ -62,11 +62,10 @@ def show(rows: list[dict], arch: str, console) -> None:
     table = Table(title=f"{arch}: the model, not a measurement; kB an image, weights left out", title_justify="left")
     for heading in ("network", "block", "op", "shape", "runs"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("floor", "fused", "parts", "saved", "loads"):
+    for heading in ("floor", "fused", "split", "parts", "saved", "loads"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        form = "in parts" if row["tile"] is None else "x".join(map(str, row["tile"]))
-        kilobytes = [f"{row[name] / 1e3:.0f}" for name in ("floor", "fused", "parts")]
+        kilobytes = [f"{row[name] / 1e3:.0f}" if name in row else "" for name in ("floor", "fused", "split", "parts")]
         saved = f"{row['parts'] / row['fused']:.1f}x" if row["op"] != "stem" else ""
-        table.add_row(row["net"], row["layer"], row["op"], row["shape"], form, *kilobytes, saved, f"{row['issued'] / 1e3:.0f}")
+        table.add_row(row["net"], row["layer"], row["op"], row["shape"], row["form"], *kilobytes, saved, f"{row['issued'] / 1e3:.0f}")
     console.print(table)

@@ -1,4 +1,4 @@
-"""Whole blocks, each as one kernel, as one kernel per layer, or through cuDNN: whichever `configs.choice` holds fastest. No kernels."""
+"""Whole blocks, each as one kernel, as two, one per layer, or through cuDNN: whichever `configs.choice` holds fastest. No kernels."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from . import fire_pool as fire_pools
 from . import head as heads
 from . import inverted_residual as inverted_residuals
 from . import separable as separables
-from .configs import ATEN, BlockTile, Problem, choice
+from .configs import ATEN, BlockTile, Problem, Split, choice, text
 from .depthwise import depthwise
 from .fire_expand import fire_expand
 from .global_avg_pool import global_avg_pool
@@ -22,17 +22,17 @@ from .squeeze_excite import squeeze_excite
 _last = threading.local()
 
 
-def chosen(problem: Problem, x: torch.Tensor) -> tuple[BlockTile | None, tuple[Callable, Callable, Callable]]:
-    """(the tile of the one kernel or None, depthwise, pointwise and fire_expand for a block in parts)."""
+def chosen(problem: Problem, x: torch.Tensor) -> tuple[BlockTile | Split | None, tuple[Callable, Callable, Callable]]:
+    """(the tile of the one kernel, `Split` or None; depthwise, pointwise and fire_expand for a block in parts)."""
     form = choice(problem, launch.arch(x.device))
-    _last.form = "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
+    _last.form = text(form)
     if form == ATEN:
         return None, (aten.depthwise, aten.pointwise, aten.fire_expand)
     return form, (depthwise, pointwise, fire_expand)
 
 
 def last_form() -> str:
-    """How this thread's last block ran: its tile, "in parts" or "through cuDNN"."""
+    """How this thread's last block ran: its tile, "split" and the tile of its second kernel, "in parts" or "through cuDNN"."""
     return _last.form
 
 
@@ -74,12 +74,18 @@ def inverted_residual(
             x, depthwise_weight, depthwise_bias, project_weight, project_bias, stride, padding, depthwise_activation, activation, residual
         )
     whole = inverted_residuals.problem("inverted_residual", x, depthwise_weight, project_weight.shape[0], stride, padding)
-    tile, (depthwise, pointwise, _) = chosen(whole, x)
-    if tile:
+    form, (depthwise, pointwise, _) = chosen(whole, x)
+    if isinstance(form, BlockTile):
         return inverted_residuals.inverted_residual(
-            *halves, project_weight, project_bias, residual, stride, padding, expand_activation, depthwise_activation, activation, tile
+            *halves, project_weight, project_bias, residual, stride, padding, expand_activation, depthwise_activation, activation, form
         )
     y = pointwise(launch.nhwc(x), expand_weight, expand_bias, None, expand_activation)
+    if form:
+        y = separables.separable(
+            y, depthwise_weight, depthwise_bias, project_weight, project_bias,
+            stride, padding, depthwise_activation, activation, residual, form.tile,
+        )  # fmt: skip
+        return _like(y, x)
     y = depthwise(y, depthwise_weight, depthwise_bias, stride, padding, depthwise_activation)
     return _like(pointwise(y, project_weight, project_bias, residual, activation), x)
 
@@ -96,12 +102,12 @@ def fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3
 def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, ceil_mode) -> torch.Tensor:
     """max_pool(fire(x)): the arguments of `fastconv.ops.fire`, then those of `fastconv.ops.max_pool`; not checked."""
     size = [pooled(*geometry, ceil_mode) for geometry in zip(x.shape[2:], stride, padding)]
-    squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
-    tile, (_, _, fire_expand) = chosen(fire_pools.problem(squeezed, weight1x1, weight3x3, stride, padding, tuple(size)), x)
+    tile, _ = chosen(fire_pools.problem(x, weight1x1, weight3x3, stride, padding, tuple(size)), x)
     if tile:
+        squeezed = pointwise(launch.nhwc(x), squeeze_weight, squeeze_bias, None, "relu")
         y = fire_pools.fire_pool(squeezed, weight1x1, bias1x1, weight3x3, bias3x3, stride, padding, tuple(size), tile)
-    else:
-        y = fire_expand(squeezed, weight1x1, bias1x1, weight3x3, bias3x3)
+    else:  # the fire in the form that is fastest for it
+        y = fire(launch.nhwc(x), squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
         y = max_pool(y, stride, padding, ceil_mode)
     return _like(y, x)
 

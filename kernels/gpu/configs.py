@@ -6,12 +6,16 @@ every other architecture too, so its tiles stay below 99 KiB of shared memory (s
 
 The tiles of the block kernels are what `model` chooses among, per shape; a table measured by `fastconv tune` goes before its choice.
 
-The tiles come from arithmetic (16 bytes a thread and load, accumulators within the register file, two or more programs per
-multiprocessor). benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
+DEPTHWISE and MEASURED were chosen from times on an H100 (bf16, batch 128, the layers of the six networks; f32 tiles by analogy). The other
+tiles come from arithmetic: 16 bytes a thread and load, accumulators within the register file, two or more programs per multiprocessor.
+benchmarks/gpu.py times them on the networks' layers; a change here needs its figures.
 """
 
+from __future__ import annotations
+
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import astuple, dataclass, replace
 from typing import TypeVar
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
@@ -39,6 +43,11 @@ class Problem:
         return self.image if self.image != (0, 0) else (self.height, self.width)
 
     @property
+    def after_expand(self) -> Problem:
+        """What follows the expand of an inverted residual, as one separable block."""
+        return replace(self, op="separable", in_channels=self.between, between=0, image=self.size)
+
+    @property
     def item(self) -> int:
         """Bytes of an element."""
         return 2 if self.half else 4
@@ -55,8 +64,33 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class DepthwiseTile:
-    """rows x cols output pixels by channels."""
+class Strips:
+    """lanes columns of run output rows by channels."""
+
+    run: int
+    lanes: int
+    channels: int
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-(-(-height // self.run) * width) // self.lanes)
+
+
+@dataclass(frozen=True)
+class DepthwiseTile(Strips):
+    """Of a depthwise convolution."""
+
+    num_warps: int
+    num_stages: int = 1  # of no effect without a dot
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
+
+
+@dataclass(frozen=True)
+class InputTile:
+    """rows x cols positions by channels of a depthwise input's gradient; a position is a pixel of each phase of the stride."""
 
     rows: int
     cols: int
@@ -86,12 +120,9 @@ class MatmulTile:
 
 
 @dataclass(frozen=True)
-class BlockTile:
-    """lanes columns of run output rows by channels; depth channels of the result in between at a time, from depth_in of the input's."""
+class BlockTile(Strips):
+    """Strips of a block's output; depth channels of the result in between at a time, from depth_in of the input's."""
 
-    run: int
-    lanes: int
-    channels: int
     depth: int
     num_warps: int
     depth_in: int = 0
@@ -101,28 +132,103 @@ class BlockTile:
     def constants(self) -> dict[str, int]:
         return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels, "DEPTH": self.depth}
 
-    def tiles(self, height: int, width: int) -> int:
-        """How many cover one image."""
-        return -(-(-(-height // self.run) * width) // self.lanes)
+
+def _strips(*rows: tuple[int, int, int, int]) -> tuple[DepthwiseTile, ...]:
+    """Rows of (run, lanes, channels, num_warps)."""
+    return tuple(DepthwiseTile(*row) for row in rows)
 
 
 @dataclass(frozen=True)
-class PoolTile:
-    """lanes columns of run output rows by channels."""
+class StagedTile:
+    """Output rows in strips of `run`, by columns; `depth` channels of the region that they read in shared memory at a time (`staged`).
 
+    spare: a channel of the expansion is left over for its bias, where that doubles what it is padded to. registers: at most, of a thread;
+    0 for as many as it takes.
+    """
+
+    strips: int
     run: int
-    lanes: int
+    columns: int
+    depth: int
+    num_warps: int
+    registers: int = 0
+    spare: bool = False
+
+    def depth_in(self, channels: int) -> int:
+        """Input channels as the expansion pads them."""
+        return max(16, 1 << (channels if self.spare else channels - 1).bit_length())
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-height // (self.strips * self.run)) * -(-width // self.columns)
+
+    def lanes(self, problem: Problem) -> int:
+        return _power(self.strips * (self.columns + (problem.kernel - 1) // problem.stride[1]))
+
+    def pixels(self, problem: Problem) -> int:
+        """Of the region, up to a power of two."""
+        rows = self.strips * self.run * problem.stride[0] + problem.kernel - problem.stride[0]
+        return _power(problem.stride[1] * rows * (self.columns + (problem.kernel - 1) // problem.stride[1]))
+
+    def slots(self, problem: Problem) -> int:
+        """Rows of the product with the project weights."""
+        return max(64, _power(self.run) * self.lanes(problem))
+
+
+SIDE = 16  # of the region of a fire whose squeezed tile is staged: 256 pixels, for 14 x 14 outputs
+
+
+@dataclass(frozen=True)
+class StagedFireTile:
+    """A fire's results by blocks of `channels`, its squeezed tile in shared memory, from depth_in input channels at a time (`staged_fire`)."""
+
     channels: int
+    depth_in: int
+    num_warps: int
+    registers: int = 0
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many cover one image."""
+        return -(-height // (SIDE - 2)) * -(-width // (SIDE - 2))
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Split:
+    """An inverted residual as two kernels: the expand as `pointwise`, the rest as `separable` with this tile."""
+
+    tile: BlockTile | StagedTile
+
+
+# How a block runs: as one kernel with this tile, as two, None for one kernel per layer, or ATEN.
+Form = BlockTile | StagedTile | StagedFireTile | Split | str | None
+
+
+def text(form: Form) -> str:
+    """The form as reports and tables on the screen name it."""
+    if isinstance(form, Split):
+        return f"split {text(form.tile)}"
+    if isinstance(form, (StagedTile, StagedFireTile)):
+        return f"staged {'x'.join(str(int(number)) for number in astuple(form))}"
+    return "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
+
+
+@dataclass(frozen=True)
+class PoolTile(Strips):
+    """Of a max-pool."""
+
     num_warps: int
 
     @property
     def constants(self) -> dict[str, int]:
         return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
 
-    def tiles(self, height: int, width: int) -> int:
-        """How many cover one image."""
-        return -(-(-(-height // self.run) * width) // self.lanes)
 
+Channelwise = TypeVar("Channelwise", InputTile, PoolTile, WeightTile)
 
 STEM_DEPTH = 32
 
@@ -135,14 +241,30 @@ def stem_steps(kernel_h: int, kernel_w: int, channels: int) -> tuple[int, bool]:
     return (kernel_h, True) if by_rows else (steps, False)
 
 
-Channelwise = TypeVar("Channelwise", DepthwiseTile, PoolTile, WeightTile)
-
-# Widest first. 8 half or 4 float channels are one 16-byte load, and a thread keeps four pixels of them. "narrow": channels that do not
-# come in 16-byte loads.
+# By the kernel's size and the stride of its rows, best first: the first is taken that leaves few places idle (`_strip`). "narrow": channels
+# that do not come in 16-byte loads. H100, bf16, batch 128, 23 layers that take more than 25 us: 0.6% slower on average than the best of 25
+# tiles, 2.8% at most. The 5x5 tiles of 4 rows were measured unrolled; those measured both ways are faster as the loop that ships.
 DEPTHWISE = {
-    "half": (DepthwiseTile(8, 8, 64, 4), DepthwiseTile(8, 16, 32, 4), DepthwiseTile(16, 16, 16, 4)),
-    "f32": (DepthwiseTile(8, 8, 32, 4), DepthwiseTile(8, 16, 16, 4)),
-    "narrow": (DepthwiseTile(8, 8, 16, 4),),
+    "half": {
+        (3, 1): _strips((7, 16, 64, 4), (7, 32, 32, 4), (7, 64, 16, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (3, 2): _strips((4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (5, 1): _strips((14, 16, 32, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+        (5, 2): _strips((14, 16, 32, 4), (4, 16, 64, 4), (4, 16, 32, 2), (4, 64, 16, 4)),
+    },
+    "f32": {
+        (3, 1): _strips((7, 16, 32, 4), (7, 32, 16, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+        (3, 2): _strips((4, 16, 32, 4), (4, 32, 16, 4)),
+        (5, 1): _strips((14, 16, 32, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+        (5, 2): _strips((14, 16, 32, 4), (4, 16, 32, 4), (4, 32, 16, 4)),
+    },
+    "narrow": dict.fromkeys(itertools.product((3, 5), (1, 2)), _strips((4, 32, 16, 4))),
+}
+
+# Of the input's gradient at stride 2 (at stride 1 it is the forward kernel), widest first. 8 half or 4 float channels are one 16-byte load.
+DEPTHWISE_INPUT = {
+    "half": (InputTile(4, 4, 64, 4), InputTile(4, 8, 32, 4), InputTile(8, 8, 16, 4)),
+    "f32": (InputTile(4, 4, 32, 4), InputTile(4, 8, 16, 4)),
+    "narrow": (InputTile(4, 4, 16, 4),),
 }
 
 # Widest first; a thread takes 16 bytes of each pixel of its lanes' windows. "plane": one channel, as an NCHW image is read.
@@ -168,6 +290,44 @@ DEPTHWISE_WEIGHT = {
     },
 }
 
+# (input channels up to, output channels up to, tile): the first row that holds a layer is taken. Of fire_expand the larger expand counts.
+# Where input channels do not come in 16-byte loads the tables below serve ("half narrow").
+# H100, bf16, batch 128, against the best of 20 tiles, and of 13: pointwise is 1.5% slower on average in 27 layers above 32 us, fire_expand
+# 0.5% in 8 (2.3% at most). pointwise's worst: 6 to 10% at 7 x 7 of 160 to 960 channels, where the launch takes most of the time; 5 and 6%
+# where 128 channels become 16 and 256; all others 4.4% at most. Below 32 us the noise is larger than what tiles differ by.
+ANY = 1 << 31
+MEASURED = {
+    ("pointwise", "sm_90"): (
+        (16, 16, MatmulTile(128, 16, 16, 4, 2)),
+        (16, 64, MatmulTile(128, 32, 16, 4, 2)),
+        (16, 88, MatmulTile(128, 64, 16, 4, 2)),
+        (16, ANY, MatmulTile(128, 32, 16, 4, 2)),
+        (32, 32, MatmulTile(128, 32, 32, 4, 4)),
+        (32, 64, MatmulTile(128, 64, 32, 4, 4)),
+        (32, 96, MatmulTile(128, 32, 16, 4, 2)),
+        (64, 32, MatmulTile(128, 32, 32, 4, 4)),
+        (48, ANY, MatmulTile(128, 64, 32, 4, 4)),
+        (64, ANY, MatmulTile(64, 128, 32, 4, 3)),
+        (88, 32, MatmulTile(128, 32, 64, 4, 4)),
+        (96, 32, MatmulTile(128, 32, 32, 4, 4)),  # three whole steps; 64 deep it would be two, one of them half idle
+        (ANY, 32, MatmulTile(128, 32, 64, 4, 4)),
+        (ANY, 64, MatmulTile(64, 64, 64, 4, 4)),
+        (511, ANY, MatmulTile(64, 128, 64, 4, 3)),
+        (ANY, 511, MatmulTile(64, 128, 64, 4, 3)),
+        (ANY, ANY, MatmulTile(128, 128, 64, 8, 3)),
+    ),
+    ("fire_expand", "sm_90"): (
+        (16, ANY, MatmulTile(128, 32, 16, 4, 4)),
+        (32, ANY, MatmulTile(64, 64, 32, 4, 4)),
+        (ANY, ANY, MatmulTile(128, 64, 32, 4, 3)),
+    ),
+}
+
+
+def _tiles_of(op: str, arch: str) -> tuple[MatmulTile, ...]:
+    return tuple(dict.fromkeys(tile for *_, tile in MEASURED[op, arch]))
+
+
 # Narrowest first, and shallow before deep: the first that holds the layer is taken. "small" serves images of at most
 # SMALL_IMAGE pixels, where wide tiles would leave most multiprocessors idle.
 POINTWISE = {
@@ -185,15 +345,8 @@ POINTWISE = {
         "f32": (MatmulTile(64, 32, 32, 4, 3), MatmulTile(64, 64, 32, 4, 3)),
     },
     "sm_90": {
-        "half": (
-            MatmulTile(128, 32, 32, 4, 4),
-            MatmulTile(128, 32, 64, 4, 4),
-            MatmulTile(128, 64, 32, 4, 4),
-            MatmulTile(128, 64, 64, 4, 4),
-            MatmulTile(128, 128, 32, 8, 4),
-            MatmulTile(128, 128, 64, 8, 4),
-        ),
-        "half small": (MatmulTile(64, 64, 64, 4, 4), MatmulTile(64, 128, 64, 4, 4)),
+        "half": _tiles_of("pointwise", "sm_90"),
+        "half narrow": (MatmulTile(128, 32, 32, 4, 4), MatmulTile(128, 64, 32, 4, 4), MatmulTile(128, 128, 32, 8, 4)),
         "tf32": (MatmulTile(128, 32, 32, 4, 4), MatmulTile(128, 64, 32, 4, 4), MatmulTile(128, 128, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 32, 4, 3), MatmulTile(64, 64, 32, 4, 3)),
     },
@@ -212,8 +365,8 @@ FIRE_EXPAND = {
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
     "sm_90": {
-        "half": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4), MatmulTile(128, 64, 64, 8, 4)),
-        "half small": (MatmulTile(64, 64, 64, 4, 4),),
+        "half": _tiles_of("fire_expand", "sm_90"),
+        "half narrow": (MatmulTile(64, 64, 16, 4, 4),),
         "tf32": (MatmulTile(64, 64, 16, 4, 4), MatmulTile(128, 64, 32, 8, 4)),
         "f32": (MatmulTile(64, 32, 16, 4, 3), MatmulTile(64, 32, 32, 4, 3)),
     },
@@ -371,49 +524,122 @@ TABLES = {
 }  # fmt: skip
 
 
+# The tiles of `staged`, by the depthwise kernel's size and stride. Columns are 14 or 7, which divide the networks' images.
+STAGED = {
+    (3, 1): (
+        StagedTile(2, 7, 14, 32, 4), StagedTile(2, 7, 14, 32, 4, 168), StagedTile(2, 7, 14, 64, 8), StagedTile(2, 7, 14, 64, 8, 128),
+        StagedTile(4, 7, 14, 32, 8), StagedTile(2, 3, 14, 32, 4, 128), StagedTile(2, 3, 14, 64, 8, 128),
+    ),
+    (3, 2): (
+        StagedTile(7, 1, 7, 32, 4), StagedTile(7, 1, 7, 32, 4, 0, True), StagedTile(7, 1, 7, 64, 4), StagedTile(7, 1, 7, 64, 8),
+        StagedTile(7, 1, 7, 64, 8, 128), StagedTile(4, 2, 14, 32, 8),
+    ),
+    (5, 1): (StagedTile(2, 6, 12, 32, 4), StagedTile(2, 6, 12, 64, 8), StagedTile(2, 6, 12, 64, 8, 128)),
+    (5, 2): (StagedTile(3, 2, 6, 32, 4), StagedTile(3, 2, 6, 64, 8)),
+}  # fmt: skip
+STAGED_FIRE = (StagedFireTile(64, 64, 8), StagedFireTile(64, 64, 8, 128), StagedFireTile(64, 64, 4), StagedFireTile(128, 64, 8))
+STAGED_OPS = ("separable", "inverted_residual", "expand_depthwise", "fire")
+STAGED_SHARED = 224 * 1024  # bytes of shared memory that a program may take, of 227 KiB; the rest is for what the compiler adds
+
+
+@functools.lru_cache(maxsize=4096)
+def staged(problem: Problem, arch: str) -> tuple[StagedTile | StagedFireTile, ...]:
+    """The tiles of `staged` and `staged_fire` that the problem can run with: none but on Hopper, in 16 bits, with channels in 16-byte loads."""
+    if arch != "sm_90" or problem.op not in STAGED_OPS or not problem.half or problem.narrow or problem.stride[0] != problem.stride[1]:
+        return ()
+    if problem.op == "fire":
+        return tuple(
+            tile for tile in STAGED_FIRE if tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED
+        )
+    return tuple(tile for tile in STAGED.get((problem.kernel, problem.stride[0]), ()) if _holds(problem, tile))
+
+
+def _holds(problem: Problem, tile: StagedTile) -> bool:
+    """Whether a program's accumulators and shared memory suffice."""
+    expands, projects = problem.op != "separable", problem.op != "expand_depthwise"
+    if tile.spare and not (expands and problem.in_channels & (problem.in_channels - 1) == 0):
+        return False
+    channels = padded(problem.out_channels) if projects else 0
+    accumulators = tile.slots(problem) * channels // (32 * tile.num_warps)
+    return accumulators <= min(128, (tile.registers or 255) - 96) and channels <= 256 and shared_bytes(problem, tile) <= STAGED_SHARED
+
+
+def padded(channels: int) -> int:
+    """Output channels of a product."""
+    return max(16, _power(channels))
+
+
+def shared_bytes(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
+    """What `staged` keeps in shared memory: the region, x and its weights, depthwise rows and their weights; or `staged_fire`."""
+    if isinstance(tile, StagedFireTile):
+        between = padded(problem.between)
+        elements = (SIDE**2 + 4 * SIDE) * (between + 8) + (SIDE**2 + between) * tile.depth_in + 9 * tile.channels * between
+        return 2 * elements
+    elements = (tile.pixels(problem) + tile.lanes(problem)) * (tile.depth + 8)
+    if problem.op != "separable":
+        elements += (tile.pixels(problem) + tile.depth) * tile.depth_in(problem.in_channels)
+    if problem.op != "expand_depthwise":
+        elements += (tile.slots(problem) + padded(problem.out_channels)) * tile.depth
+    return 2 * elements
+
+
 def kind(problem: Problem) -> str:
     """The row of a block's table."""
     return "narrow" if problem.narrow and problem.op != "stem" else "half" if problem.half else problem.dtype
 
 
 @functools.lru_cache(maxsize=4096)
-def config(problem: Problem, arch: str) -> DepthwiseTile | PoolTile | WeightTile | MatmulTile | BlockTile:
+def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | PoolTile | WeightTile | MatmulTile | BlockTile:
     """The tile `problem` runs with on `arch` (one of ARCHITECTURES)."""
     if problem.op in BLOCKS:
         from . import model
 
         form = choice(problem, arch)
-        return form if isinstance(form, BlockTile) else model.best(problem, arch)
+        return form if isinstance(form, (BlockTile, StagedTile, StagedFireTile)) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
-    if problem.op in ("depthwise", "depthwise_backward_weight"):
-        tiles = DEPTHWISE if problem.op == "depthwise" else DEPTHWISE_WEIGHT[problem.kernel]
-        return _depthwise(tiles["narrow" if narrow_loads else "half" if problem.half else "f32"], problem.out_channels)
+    if problem.op.startswith("depthwise"):
+        kind = "narrow" if narrow_loads else "half" if problem.half else "f32"
+        if problem.op == "depthwise":
+            return _strip(DEPTHWISE[kind][problem.kernel, problem.stride[0]], problem)
+        tables = DEPTHWISE_INPUT if problem.op == "depthwise_backward_input" else DEPTHWISE_WEIGHT[problem.kernel]
+        return _widest(tables[kind], problem.out_channels)
+    if problem.half and not narrow_loads and (problem.op, arch) in MEASURED:
+        rows = MEASURED[problem.op, arch]
+        return next(tile for c, o, tile in rows if problem.in_channels <= c and problem.out_channels <= o)
     if problem.op == "max_pool":
         kind = "plane" if problem.out_channels == 1 else "narrow" if narrow_loads else "half" if problem.half else "f32"
-        return _depthwise(MAX_POOL[kind], problem.out_channels)
+        return _widest(MAX_POOL[kind], problem.out_channels)
     table = {"pointwise": POINTWISE, "fire_expand": FIRE_EXPAND}[problem.op][arch]
     kind = "half" if problem.half else problem.dtype
-    if f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
+    if narrow_loads and f"{kind} narrow" in table:
+        kind = f"{kind} narrow"
+    elif f"{kind} small" in table and problem.height * problem.width <= SMALL_IMAGE and problem.in_channels > 32 and not narrow_loads:
         kind = f"{kind} small"
     return _matmul(table[kind], problem, narrow_loads)
 
 
 @functools.lru_cache(maxsize=4096)
-def choice(problem: Problem, arch: str) -> BlockTile | str | None:
-    """The tile that a block runs with as one kernel, or None where one kernel per layer is faster: measured, or else by the model.
-
-    ATEN where cuDNN was measured to be fastest; the model knows nothing of it.
-    """
+def choice(problem: Problem, arch: str) -> Form:
+    """The form that is fastest: measured, or else by the model, which knows nothing of cuDNN."""
     from . import model, tuned
 
     measured = tuned.choice(problem, arch)
     if measured is not None:
         return measured.form
-    return model.best(problem, arch) if problem.op == "stem" or model.fuses(problem, arch) else None
+    return model.form(problem, arch)
 
 
-def _depthwise(tiles: tuple[Channelwise, ...], channels: int) -> Channelwise:
+def _strip(tiles: tuple[DepthwiseTile, ...], problem: Problem) -> DepthwiseTile:
+    """The first tile that covers an image with at most a fifth more places than the one with the fewest: output pixels by channels."""
+    places = {
+        tile: tile.tiles(problem.height, problem.width) * tile.lanes * tile.run * -(-problem.out_channels // tile.channels) * tile.channels
+        for tile in tiles
+    }
+    return next(tile for tile in tiles if 5 * places[tile] <= 6 * min(places.values()))
+
+
+def _widest(tiles: tuple[Channelwise, ...], channels: int) -> Channelwise:
     """The tile with the fewest idle channel lanes; the widest of those within an eighth of the fewest."""
     lanes = {tile: -(-channels // tile.channels) * tile.channels for tile in tiles}
     return next(tile for tile in tiles if 8 * lanes[tile] <= 9 * min(lanes.values()))

@@ -139,17 +139,17 @@ def depthwise_backward_input(
     if dx.numel() == 0:
         return result
     grad = launch.nhwc(grad)
-    tile = config(Problem("depthwise", launch.DTYPES[grad.dtype], height, width, channels, channels), launch.arch(grad.device))
-    rows, cols = tile.rows // 2, tile.cols // 2  # as many pixels as the tile has at stride 2; at (1, 2) half, or registers spill
-    tiles_h = triton.cdiv((height - 1 + padding[0]) // stride[0] + 1, rows)
-    tiles_w = triton.cdiv((width - 1 + padding[1]) // stride[1] + 1, cols)
+    problem = Problem("depthwise_backward_input", launch.DTYPES[grad.dtype], height, width, channels, channels)
+    tile = config(problem, launch.arch(grad.device))
+    tiles_h = triton.cdiv((height - 1 + padding[0]) // stride[0] + 1, tile.rows)
+    tiles_w = triton.cdiv((width - 1 + padding[1]) // stride[1] + 1, tile.cols)
     align, c_blocks = launch.alignment(channels), triton.cdiv(channels, tile.channels)
     with launch.on(grad):
         depthwise_backward_input_kernel[(n * tiles_h * tiles_w * c_blocks,)](
             grad, taps, dx,
             height, width, out_h, out_w, channels // align, *padding, tiles_h, tiles_w, c_blocks,
             K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], ALIGN=align, WIDE=max(grad.numel(), dx.numel()) // n > launch.INT32_MAX,
-            ROWS=rows, COLS=cols, CHANNELS=tile.channels, num_warps=tile.num_warps,
+            ROWS=tile.rows, COLS=tile.cols, CHANNELS=tile.channels, num_warps=tile.num_warps,
         )  # fmt: skip
     return result if result is dx else result.copy_(dx)
 

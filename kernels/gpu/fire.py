@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch, march
-from .configs import Problem, config
+from .configs import Problem, StagedFireTile, config
 from .epilogue import activate, dot
 
 RUNTIME = ("H", "W", "in_units", "between_units", "units1x1", "units3x3", "tiles", "o_blocks")
@@ -112,13 +112,17 @@ def fire(
     One dtype: float32, float16 or bfloat16. Weights from `launch.kernel_order` are read as they are, others are copied on each call.
     tile: None for the one that `config` chooses. Arguments are not checked.
     """
+    tile = tile or config(problem(x, squeeze_weight, weight1x1, weight3x3), launch.arch(x.device))
+    if isinstance(tile, StagedFireTile):
+        from . import staged_fire
+
+        return staged_fire.fire(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3, tile)
     n, channels, height, width = x.shape
     squeezed, out1, out3 = squeeze_weight.shape[0], weight1x1.shape[0], weight3x3.shape[0]
     result, y = launch.outputs(x, (n, out1 + out3, height, width))
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    tile = tile or config(problem(x, squeeze_weight, weight1x1, weight3x3), launch.arch(x.device))
     run = _launcher(tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, height, width, squeezed, out1, out3)
     run(
         x, launch.kernel_order(squeeze_weight), launch.dense(squeeze_bias), launch.kernel_order(weight1x1), launch.dense(bias1x1),

@@ -88,10 +88,10 @@ def problem(
     padding: tuple[int, int],
     size: tuple[int, int],
 ) -> Problem:
-    """x: the squeezed image."""
+    """x: the image, squeezed or not."""
     out = max(weight1x1.shape[0], weight3x3.shape[0])
     geometry = (3, tuple(stride), tuple(padding), 0, tuple(x.shape[2:]))
-    return Problem("fire_pool", launch.kind(x.dtype), *size, x.shape[1], out, *geometry)
+    return Problem("fire_pool", launch.kind(x.dtype), *size, weight3x3.shape[1], out, *geometry)
 
 
 def fire_pool(

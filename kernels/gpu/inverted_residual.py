@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import launch, march
-from .configs import Problem, config
+from .configs import Problem, StagedTile, config
 from .epilogue import activate, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "in_units", "between_units", "out_units", "pad_h", "pad_w", "tiles", "o_blocks", "e_blocks")
@@ -174,14 +174,21 @@ def inverted_residual(
     One dtype: float32, float16 or bfloat16. Weights from `launch.kernel_order` are read as they are, others are copied on each call.
     tile: None for the one that `config` chooses. Arguments are not checked.
     """
-    n, channels, height, width = x.shape
     expanded, out_channels, kernel = expand_weight.shape[0], project_weight.shape[0], depthwise_weight.shape[2]
+    tile = tile or config(problem("inverted_residual", x, depthwise_weight, out_channels, stride, padding), launch.arch(x.device))
+    if isinstance(tile, StagedTile):
+        from . import staged
+
+        return staged.inverted_residual(
+            x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, residual,
+            stride, padding, expand_activation, depthwise_activation, activation, tile,
+        )  # fmt: skip
+    n, channels, height, width = x.shape
     out_h, out_w = launch.window((height, width), kernel, stride, padding)
     result, y = launch.outputs(x, (n, out_channels, out_h, out_w))
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    tile = tile or config(problem("inverted_residual", x, depthwise_weight, out_channels, stride, padding), launch.arch(x.device))
     run = _launcher(
         tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, expanded, out_channels, (height, width, out_h, out_w),
         kernel, tuple(stride), tuple(padding), expand_activation, depthwise_activation, activation,
@@ -223,12 +230,18 @@ def expand_depthwise(
     tile=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first half of `inverted_residual`: ((N, E, OH, OW) channels_last, the sums of its tiles in fp32 as (N, E, tiles, 1))."""
-    n, channels, height, width = x.shape
     expanded, kernel = expand_weight.shape[0], depthwise_weight.shape[2]
+    tile = tile or config(problem("expand_depthwise", x, depthwise_weight, expanded, stride, padding), launch.arch(x.device))
+    if isinstance(tile, StagedTile):
+        from . import staged
+
+        return staged.expand_depthwise(
+            x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, stride, padding, expand_activation, depthwise_activation, tile
+        )  # fmt: skip
+    n, channels, height, width = x.shape
     out_h, out_w = launch.window((height, width), kernel, stride, padding)
     x = launch.nhwc(x)
     _, y = launch.outputs(x, (n, expanded, out_h, out_w))
-    tile = tile or config(problem("expand_depthwise", x, depthwise_weight, expanded, stride, padding), launch.arch(x.device))
     tiles = tile.tiles(out_h, out_w)
     sums = torch.empty((n, tiles, 1, expanded), dtype=torch.float32, device=x.device).permute(0, 3, 1, 2)
     if y.numel() == 0:

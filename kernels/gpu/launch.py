@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import STEM_DEPTH, BlockTile, stem_steps
+from .configs import STEM_DEPTH, BlockTile, DepthwiseTile, stem_steps
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 INT32_MAX = 2**31 - 1
@@ -19,7 +19,7 @@ SHAPES = 4096  # launchers that an operation keeps
 def _arch(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "sm_80"
+    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 else "sm_80"  # its kernels use wgmma, which only Hopper has
 
 
 def arch(device: torch.device) -> str:
@@ -162,8 +162,8 @@ def _watched() -> bool:
     return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
-def options(tile: BlockTile) -> dict[str, int]:
-    """How a block kernel is compiled with its tile. maxnreg: left to itself, ptxas spills values of the smaller tiles for occupancy."""
+def options(tile: BlockTile | DepthwiseTile) -> dict[str, int]:
+    """How a kernel of strips is compiled with its tile. maxnreg: left to itself, ptxas spills values of the smaller tiles for occupancy."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if torch.version.hip else {"maxnreg": 255})
 
 

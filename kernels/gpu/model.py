@@ -1,4 +1,4 @@
-"""What each kernel moves and computes, by arithmetic: chooses tiles, and whether a block runs fused or in parts. Pure Python.
+"""What each kernel moves and computes, by arithmetic: chooses tiles, and whether a block runs fused, split or in parts. Pure Python.
 
 `fastconv tune --model` prints it for every block of the six networks.
 
@@ -10,10 +10,10 @@ on a machine of which only datasheet figures are known: good to rank, no forecas
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import configs
-from .configs import BlockTile, Problem
+from .configs import SIDE, BlockTile, DepthwiseTile, Form, Problem, Split, StagedFireTile, StagedTile, Strips
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _up(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
-def _window(problem: Problem, tile: BlockTile, taps_h: list[int], taps_w: list[int]) -> int:
+def _window(problem: Problem, tile: Strips, taps_h: list[int], taps_w: list[int]) -> int:
     """Sum over a kernel's lanes of the pixels it loads: rows of its strip times columns of its window that lie inside the image.
 
     taps_h: offsets of the rows a strip loads from the first row of its first window; taps_w: the same for columns.
@@ -68,13 +68,21 @@ def _window(problem: Problem, tile: BlockTile, taps_h: list[int], taps_w: list[i
     return sum(rows[:-1]) * sum(columns) + rows[-1] * sum(columns[:rest])
 
 
-def _rows(problem: Problem, tile: BlockTile) -> int:
+def _rows(problem: Problem, tile: Strips) -> int:
     """Input rows of a strip."""
     return (tile.run - 1) * problem.stride[0] + problem.kernel
 
 
-def issued(problem: Problem, tile: BlockTile) -> int:
+def issued(problem: Problem, tile: BlockTile | StagedTile | StagedFireTile | DepthwiseTile) -> int:
     """Bytes of x that the kernel's loads ask for, for one image."""
+    if isinstance(tile, (StagedTile, StagedFireTile)):
+        steps = (SIDE - 2, SIDE - 2) if isinstance(tile, StagedFireTile) else (tile.strips * tile.run, tile.columns)
+        along = zip(problem.size, (problem.height, problem.width), steps, problem.stride, problem.padding)
+        rows, columns = (
+            sum(min(first * s - p + (step - 1) * s + problem.kernel, extent) - max(first * s - p, 0) for first in range(0, out, step))
+            for extent, out, step, s, p in along
+        )
+        return rows * columns * problem.in_channels * problem.item
     blocks = _up(problem.out_channels, tile.channels)
     if problem.op == "head":
         return problem.height * problem.width * problem.in_channels * blocks * problem.item
@@ -105,8 +113,12 @@ def floor(problem: Problem) -> int:
     return height * width * problem.in_channels * problem.item + results(problem)
 
 
-def work(problem: Problem, tile: BlockTile) -> Work:
+def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
     """Of the block as one kernel, idle lanes and channels up to a whole tile included: they take their time too."""
+    if isinstance(tile, StagedFireTile):
+        return staged_fire_work(problem, tile)
+    if isinstance(tile, StagedTile):
+        return staged_work(problem, tile)
     c, o, e, k = problem.in_channels, problem.out_channels, problem.between, problem.kernel
     blocks = _up(o, tile.channels)
     tiles = 1 if problem.op == "head" else tile.tiles(problem.height, problem.width)
@@ -153,6 +165,50 @@ def work(problem: Problem, tile: BlockTile) -> Work:
     return Work(floor(problem), l2, issued(problem, tile), tensor, scalar)
 
 
+def staged_work(problem: Problem, tile: StagedTile) -> Work:
+    """Of the block with its region in shared memory, whose bytes count as the L1 cache's: written once, read once a column of the window."""
+    c, e, k = problem.in_channels, problem.between or problem.in_channels, problem.kernel
+    tiles, pixels, lanes = tile.tiles(problem.height, problem.width), tile.pixels(problem), tile.lanes(problem)
+    across = _up(e, tile.depth) * tile.depth
+    projects = problem.op != "expand_depthwise"
+    width = configs.padded(problem.out_channels) if projects else 0
+    slots, rows = tile.slots(problem), k * ((tile.run - 1) * problem.stride[0] + k)
+    expands = problem.op != "separable"
+    inner = tile.depth_in(c) if expands else 0
+    tensor = pixels * inner * across + slots * across * width
+    scalar = across * (pixels * (4 if expands else 1) + lanes * (rows + tile.run * (k * k + 5)))
+    local = across * (2 * pixels + lanes * rows + 2 * tile.run * lanes + pixels * inner // tile.depth) * problem.item
+    weights = e * (c * expands + k * k + problem.out_channels * projects)
+    l2 = tiles * (pixels * c + weights) * problem.item + results(problem)
+    return Work(floor(problem), l2, tiles * local, tiles * tensor, tiles * scalar)
+
+
+def staged_fire_work(problem: Problem, tile: StagedFireTile) -> Work:
+    c, o = problem.in_channels, problem.out_channels
+    tiles, between = tile.tiles(problem.height, problem.width), configs.padded(problem.between)
+    pixels, blocks = SIDE**2, _up(o, tile.channels)
+    tensor = pixels * between * (_up(c, tile.depth_in) * tile.depth_in + 10 * blocks * tile.channels)
+    scalar = pixels * (5 * between + 2 * 4 * blocks * tile.channels)
+    local = problem.item * (2 * pixels * c + 10 * blocks * (pixels + tile.channels) * between + 4 * pixels * blocks * tile.channels)
+    l2 = tiles * (pixels * c + problem.between * (c + 10 * o)) * problem.item + results(problem)
+    return Work(floor(problem), l2, tiles * local, tiles * tensor, tiles * scalar)
+
+
+def staged_warps(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
+    """Warps of a multiprocessor that registers and shared memory leave room for."""
+    threads = 32 * tile.num_warps
+    if isinstance(tile, StagedFireTile):
+        registers = tile.registers or min(255, 120 + SIDE**2 * tile.channels // threads)
+        programs = min(65536 // (registers * threads), configs.STAGED_SHARED // configs.shared_bytes(problem, tile))
+        return max(1, programs) * tile.num_warps
+    held = (tile.slots(problem) * configs.padded(problem.out_channels) if problem.op != "expand_depthwise" else 0) // threads
+    march = (tile.run + 1) * tile.lanes(problem) * tile.depth // threads + 24
+    expand = tile.pixels(problem) * tile.depth // threads if problem.op != "separable" else 0
+    registers = min(255, tile.registers or 255, 64 + held + max(march, expand))
+    programs = min(65536 // (registers * threads), configs.STAGED_SHARED // configs.shared_bytes(problem, tile))
+    return max(1, programs) * tile.num_warps
+
+
 def resident_warps(problem: Problem, tile: BlockTile) -> int:
     """Warps of a multiprocessor that the registers leave room for, by the values a thread must hold."""
     held = tile.run * tile.lanes * tile.channels * (2 if problem.op.startswith("fire") else 1)
@@ -171,23 +227,25 @@ def seconds(work: Work, arch: str, dtype: str, warps: int = 64) -> float:
     return max(work.memory / (MEMORY * machine.memory), work.l2 / (L2 * machine.l2), inside)
 
 
-def candidates(problem: Problem, arch: str) -> tuple[BlockTile, ...]:
+def candidates(problem: Problem, arch: str) -> tuple[BlockTile | StagedTile, ...]:
     """The tiles that ship for the problem."""
-    tiles = configs.TABLES[problem.op][arch][configs.kind(problem)]
+    tiles, staged = configs.TABLES[problem.op][arch][configs.kind(problem)], configs.staged(problem, arch)
     if problem.op not in ("inverted_residual", "expand_depthwise"):
-        return tiles
+        return tiles + staged
     # a kernel that loops over its input channels loads weights in the loop: only where no tile holds them, and then the deepest
     deep = min(problem.in_channels, max(tile.depth_in for tile in tiles))
-    return tuple(tile for tile in tiles if tile.depth_in >= deep)
+    return tuple(tile for tile in tiles if tile.depth_in >= deep) + staged
 
 
 @functools.lru_cache(maxsize=4096)
-def best(problem: Problem, arch: str) -> BlockTile:
+def best(problem: Problem, arch: str) -> BlockTile | StagedTile:
     """The candidate with the least time by the model; of equals, the first."""
     return min(candidates(problem, arch), key=lambda tile: fused_seconds(problem, tile, arch))
 
 
-def fused_seconds(problem: Problem, tile: BlockTile, arch: str) -> float:
+def fused_seconds(problem: Problem, tile: BlockTile | StagedTile, arch: str) -> float:
+    if isinstance(tile, (StagedTile, StagedFireTile)):
+        return seconds(work(problem, tile), arch, problem.dtype, staged_warps(problem, tile))
     return seconds(work(problem, tile), arch, problem.dtype, resident_warps(problem, tile))
 
 
@@ -198,11 +256,13 @@ def _pointwise(problem: Problem, pixels: int, c: int, o: int) -> Work:
     return Work(moved, moved * 1.5, moved * 1.5, tensor if half else 0, pixels * o * 4 + (0 if half else tensor))
 
 
-def _depthwise(problem: Problem, c: int) -> Work:
-    """A tap's load and its conversion for every product."""
-    (height, width), pixels, taps = problem.size, problem.height * problem.width, problem.kernel**2
-    moved = (height * width + pixels) * c * problem.item
-    return Work(moved, moved * 1.5, pixels * c * taps * problem.item, 0, pixels * c * (2 * taps + 4))
+def _depthwise(problem: Problem, c: int, arch: str) -> Work:
+    """A load and its conversion for each row of a strip and column of the window, a multiply-add for every product."""
+    layer = replace(problem, op="depthwise", in_channels=c, out_channels=c, between=0)
+    tile, moved = configs.config(layer, arch), floor(layer)
+    lanes = tile.tiles(problem.height, problem.width) * tile.lanes * _up(c, tile.channels) * tile.channels
+    scalar = lanes * (tile.run * (problem.kernel**2 + 4) + _rows(problem, tile) * problem.kernel)
+    return Work(moved, moved * 1.5, issued(layer, tile), 0, scalar)
 
 
 def _fire_expand(problem: Problem, pixels: int, c: int, o: int) -> Work:
@@ -212,17 +272,17 @@ def _fire_expand(problem: Problem, pixels: int, c: int, o: int) -> Work:
     return Work(moved, moved * 1.5, 10 * pixels * c * problem.item, tensor if half else 0, pixels * o * 8 + (0 if half else tensor))
 
 
-def parts(problem: Problem) -> list[Work]:
+def parts(problem: Problem, arch: str) -> list[Work]:
     """The same block as one kernel per layer."""
     pixels, c, o, e = problem.height * problem.width, problem.in_channels, problem.out_channels, problem.between
     full = problem.size[0] * problem.size[1]
     if problem.op == "separable":
-        return [_depthwise(problem, c), _pointwise(problem, pixels, c, o)]
+        return [_depthwise(problem, c, arch), _pointwise(problem, pixels, c, o)]
     if problem.op == "inverted_residual":
-        return [_pointwise(problem, full, c, e), _depthwise(problem, e), _pointwise(problem, pixels, e, o)]
+        return [_pointwise(problem, full, c, e), _depthwise(problem, e, arch), _pointwise(problem, pixels, e, o)]
     if problem.op == "expand_depthwise":  # the fused one sums what it writes; here that takes a pass
         read = pixels * e * problem.item
-        return [_pointwise(problem, full, c, e), _depthwise(problem, e), Work(read, read, read, 0, pixels * e)]
+        return [_pointwise(problem, full, c, e), _depthwise(problem, e, arch), Work(read, read, read, 0, pixels * e)]
     if problem.op == "fire":
         return [_pointwise(problem, full, c, e), _fire_expand(problem, full, e, o)]
     if problem.op == "fire_pool":
@@ -235,9 +295,22 @@ def parts(problem: Problem) -> list[Work]:
 
 
 def parts_seconds(problem: Problem, arch: str) -> float:
-    return sum(seconds(part, arch, problem.dtype) for part in parts(problem))
+    return sum(seconds(part, arch, problem.dtype) for part in parts(problem, arch))
 
 
-def fuses(problem: Problem, arch: str) -> bool:
-    """Whether one kernel is no slower than one per layer, by the model."""
-    return fused_seconds(problem, best(problem, arch), arch) <= parts_seconds(problem, arch)
+def split_seconds(problem: Problem, tile: BlockTile | StagedTile, arch: str) -> float:
+    """Of an inverted residual as its expand, then the rest as one kernel."""
+    return seconds(parts(problem, arch)[0], arch, problem.dtype) + fused_seconds(problem.after_expand, tile, arch)
+
+
+def form(problem: Problem, arch: str) -> Form:
+    """The form with the least time by the model; of equals, the one of fewer kernels."""
+    tile = best(problem, arch)
+    if problem.op == "stem":
+        return tile
+    times: dict[Form, float] = {tile: fused_seconds(problem, tile, arch)}
+    if problem.op == "inverted_residual":
+        second = best(problem.after_expand, arch)
+        times[Split(second)] = split_seconds(problem, second, arch)
+    times[None] = parts_seconds(problem, arch)
+    return min(times, key=times.get)

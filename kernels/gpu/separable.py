@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch, march
-from .configs import Problem, config
+from .configs import Problem, StagedTile, config
 from .epilogue import activate, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "in_units", "out_units", "pad_h", "pad_w", "tiles", "o_blocks")
@@ -98,6 +98,14 @@ def separable(
     Weights from `launch.kernel_order` are read as they are, others are copied on each call. tile: None for the one that `config` chooses.
     Arguments are not checked.
     """
+    tile = tile or config(problem(x, depthwise_weight, pointwise_weight, stride, padding), launch.arch(x.device))
+    if isinstance(tile, StagedTile):
+        from . import staged
+
+        return staged.separable(
+            x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
+            stride, padding, depthwise_activation, activation, residual, tile,
+        )  # fmt: skip
     n, channels, height, width = x.shape
     out_channels, kernel = pointwise_weight.shape[0], depthwise_weight.shape[2]
     out_h, out_w = launch.window((height, width), kernel, stride, padding)
@@ -105,7 +113,6 @@ def separable(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    tile = tile or config(problem(x, depthwise_weight, pointwise_weight, stride, padding), launch.arch(x.device))
     run = _launcher(
         tile, x.device, launch.precision(x.dtype), launch.wide(x, y), n, channels, out_channels, (height, width, out_h, out_w), kernel,
         tuple(stride), tuple(padding), depthwise_activation, activation,

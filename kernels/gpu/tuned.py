@@ -2,23 +2,26 @@
 
 kernels/gpu/tables/<arch>.json ships with the package (none does before a device was measured); FASTCONV_TUNED names a file to read instead.
 A table is {"arch": ..., "choices": {key(problem): form}}, a form being [run, lanes, channels, depth, num_warps, depth_in, num_stages] for
-one kernel, null for one per layer, "aten" for cuDNN.
+one kernel, null for one per layer, "aten" for cuDNN; of an inverted residual also ["split", run, lanes, ...]: its expand, then the rest as
+one `separable` kernel with that tile.
 """
 
 import functools
 import json
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from .configs import ATEN, BlockTile, Problem
+from .configs import ATEN, STAGED_OPS, BlockTile, Form, Problem, Split, StagedFireTile, StagedTile
+
+SPLIT, STAGED = "split", "staged"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was fastest: a tile, None for one kernel per layer, or ATEN."""
+    """What was fastest."""
 
-    form: BlockTile | str | None
+    form: Form
 
 
 def key(problem: Problem) -> str:
@@ -34,16 +37,31 @@ def choice(problem: Problem, arch: str) -> Choice | None:
     if key(problem) not in choices:
         return None
     row = choices[key(problem)]
-    return Choice(row if row in (None, ATEN) else BlockTile(*row))
+    return Choice(row if row in (None, ATEN) else _form(row))
 
 
-def row(form: BlockTile | str | None) -> list[int] | str | None:
+def _form(row: list[int | str]) -> BlockTile | StagedTile | StagedFireTile | Split:
+    if row[0] == SPLIT:
+        return Split(_form(row[1:]))
+    if row[0] == STAGED:
+        return StagedFireTile(*row[1:]) if len(row) == 1 + FIELDS[StagedFireTile] else StagedTile(*row[1:-1], bool(row[-1]))
+    return BlockTile(*row)
+
+
+def row(form: Form) -> list[int | str] | str | None:
     """The choice as a table holds it."""
+    if isinstance(form, Split):
+        return [SPLIT, *row(form.tile)]
+    if isinstance(form, (StagedTile, StagedFireTile)):
+        return [STAGED, *map(int, astuple(form))]
     return list(astuple(form)) if isinstance(form, BlockTile) else form
 
 
+FIELDS = {tile: len(fields(tile)) for tile in (BlockTile, StagedTile, StagedFireTile)}
+
+
 @functools.lru_cache
-def _table(arch: str, path: str | None) -> dict[str, list[int] | str | None]:
+def _table(arch: str, path: str | None) -> dict[str, list[int | str] | str | None]:
     """Raises ValueError for a file that is no table of `arch`."""
     file = Path(path) if path else Path(__file__).parent / "tables" / f"{arch}.json"
     if not path and not file.exists():
@@ -53,14 +71,27 @@ def _table(arch: str, path: str | None) -> dict[str, list[int] | str | None]:
         if table["arch"] != arch:
             return {}
         choices = table["choices"]
-        fields = len(astuple(BlockTile(1, 1, 1, 1, 1)))
-        bad = [name for name, row in choices.items() if not _is_form(row, fields)]
+        bad = [name for name, row in choices.items() if not _is_form(name, row)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"FASTCONV_TUNED: {file} is no table of tiles ({type(problem).__name__}: {problem})") from problem
     if bad:
-        raise ValueError(f"FASTCONV_TUNED: {file}: {bad[0]!r} must be null, {ATEN!r} or {fields} ints, got {choices[bad[0]]!r}")
+        staged = FIELDS[StagedFireTile] if _op(bad[0]) == "fire" else FIELDS[StagedTile]
+        what = f"null, {ATEN!r}, {FIELDS[BlockTile]} ints or {STAGED!r} and {staged}"
+        what += f", after {SPLIT!r} or not" if _op(bad[0]) == "inverted_residual" else ""
+        raise ValueError(f"FASTCONV_TUNED: {file}: {bad[0]!r} must be {what}, got {choices[bad[0]]!r}")
     return choices
 
 
-def _is_form(row: object, fields: int) -> bool:
-    return row is None or row == ATEN or (type(row) is list and len(row) == fields and all(type(number) is int for number in row))
+def _is_form(name: str, row: object) -> bool:
+    if row is None or row == ATEN:
+        return True
+    if type(row) is list and row[:1] == [SPLIT] and _op(name) == "inverted_residual":
+        row = row[1:]
+    count = FIELDS[BlockTile]
+    if type(row) is list and row[:1] == [STAGED] and _op(name) in STAGED_OPS:
+        row, count = row[1:], FIELDS[StagedFireTile if _op(name) == "fire" else StagedTile]
+    return type(row) is list and len(row) == count and all(type(number) is int for number in row)
+
+
+def _op(name: str) -> str:
+    return name.split()[0]

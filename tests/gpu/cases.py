@@ -19,6 +19,9 @@ DEPTHWISE = [
     (1, 40, 10, 17, 5, (1, 2), (4, 1), "silu", True),
     (1, 96, 9, 8, 3, (2, 2), (2, 2), "hardsigmoid", False),
     (2, 64, 4, 3, 3, (1, 1), (0, 0), None, True),
+    (1, 32, 14, 16, 3, (1, 1), (1, 1), "relu6", True),  # strips of 7 rows
+    (1, 72, 7, 13, 5, (1, 1), (2, 2), None, True),
+    (1, 64, 27, 9, 5, (2, 2), (2, 2), "hardswish", False),  # and of 14, the loop over columns
 ]
 # N, C, H, W, K, stride, padding: of the forward pass
 GRADIENTS = [

@@ -19,8 +19,8 @@ GRADIENTS = ("depthwise_backward_input", "depthwise_backward_weight", "depthwise
 FILES = {"expand_depthwise": "inverted_residual"} | dict.fromkeys(GRADIENTS, "depthwise_backward")  # operations in another's file
 BLOCK_DTYPES = {"half": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "bf16")}
 POINTER = {"f32": "*fp32", "tf32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
-DTYPES = {"half": ("f16", "bf16"), "half small": ("f16", "bf16"), "tf32": ("tf32",), "f32": ("f32",), "narrow": ("f32", "f16", "bf16")}
-DTYPES["plane"] = DTYPES["narrow"]
+DTYPES = dict.fromkeys(("half", "half small", "half narrow"), ("f16", "bf16")) | {"tf32": ("tf32",), "f32": ("f32",)}
+DTYPES |= dict.fromkeys(("narrow", "plane"), ("f32", "f16", "bf16"))
 
 
 def jobs() -> list[dict]:
@@ -28,25 +28,28 @@ def jobs() -> list[dict]:
     kernel that need more registers, with the tiles that serve them: channels of no alignment, and images past 2^31 elements."""
     found = []
     for arch in configs.ARCHITECTURES:
-        for kind, tiles in configs.DEPTHWISE.items():
-            for dtype in DTYPES[kind]:
-                # K = 3 is the same code with fewer taps, stride 1 with another multiplier
-                found += [_depthwise(arch, dtype, tile) for tile in tiles]
+        for kind, tables in configs.DEPTHWISE.items():
+            for (kernel, stride), tiles in tables.items():
+                for dtype in BLOCK_DTYPES[kind]:
+                    align = 1 if kind == "narrow" else 8
+                    # fp16 is bf16's code with another instruction: one tile of it
+                    found += [_depthwise(arch, dtype, kernel, stride, tile, align) for tile in (tiles[:1] if dtype == "f16" else tiles)]
+        for kernel in (3, 5):
+            found.append(_depthwise(arch, "bf16", kernel, 1, configs.DEPTHWISE["half"][kernel, 1][0], wide=True))
         for kind, tiles in configs.MAX_POOL.items():
             found += [_max_pool(arch, dtype, tile, 8 if kind in ("half", "f32") else 1) for dtype in DTYPES[kind] for tile in tiles]
         found.append(_max_pool(arch, "bf16", configs.MAX_POOL["half"][0], stride=1))
         found.append(_max_pool(arch, "bf16", configs.MAX_POOL["half"][0], wide=True))
         found += [job for dtype in ("bf16", "f32") for job in _gradients(arch, dtype)]
-        found += [_input_gradient(arch, "f16", configs.DEPTHWISE["half"][0])]  # bf16's code with another instruction
+        found += [_input_gradient(arch, "f16", configs.DEPTHWISE_INPUT["half"][0])]  # bf16's code with another instruction
         found += [_weight_gradient(arch, "f16", kernel, tables["half"][0]) for kernel, tables in configs.DEPTHWISE_WEIGHT.items()]
         for op, table in (("pointwise", configs.POINTWISE), ("fire_expand", configs.FIRE_EXPAND)):
             for kind, tiles in table[arch].items():
-                found += [_matmul(op, arch, dtype, tile) for dtype in DTYPES[kind] for tile in tiles]
+                align = 1 if kind == "half narrow" else 8
+                found += [_matmul(op, arch, dtype, tile, align) for dtype in DTYPES[kind] for tile in tiles]
         for dtype in ("bf16", "f32"):
-            found.append(_depthwise(arch, dtype, _tile("depthwise", arch, dtype, 3, 3), align=1))
-            found.append(_matmul("fire_expand", arch, dtype, _tile("fire_expand", arch, dtype, 49, 64), align=1))
-            for width in (32, 64, 128):
-                job = _matmul("pointwise", arch, dtype, _tile("pointwise", arch, dtype, 49, width), align=1)
+            for op, width in (("fire_expand", 64), ("pointwise", 32), ("pointwise", 64), ("pointwise", 128)):
+                job = _matmul(op, arch, dtype, _tile(op, arch, dtype, 49, width), align=1)
                 found += [job] if job not in found else []
         # a gated projection holds its gate beside x; what is gated is never narrow, nor an image of many pixels
         found += [_matmul("pointwise", arch, "bf16", tile, gate=True) for tile in configs.POINTWISE[arch]["half"]]
@@ -59,7 +62,6 @@ def jobs() -> list[dict]:
             if op != "head":
                 tiles = configs.TABLES[op][arch]["half"][:1]
                 found += _block(op, arch, "bf16", tiles[0], False, tiles, wide=True)
-        found.append(_depthwise(arch, "bf16", _tile("depthwise", arch, "bf16", 64, 64), wide=True))
         found.append(_matmul("fire_expand", arch, "bf16", _tile("fire_expand", arch, "bf16", 64, 64), wide=True))
     return found
 
@@ -68,11 +70,15 @@ def _tile(op: str, arch: str, dtype: str, in_channels: int, out_channels: int):
     return configs.config(configs.Problem(op, dtype, 56, 56, in_channels, out_channels), arch)
 
 
-def _depthwise(arch: str, dtype: str, tile, align: int = 8, wide: bool = False) -> dict:
-    constants = {"K": 5, "STRIDE_H": 2, "STRIDE_W": 2, "ALIGN": align, "WIDE": wide, "ACTIVATION": "silu"}
-    constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
-    options = {"num_warps": tile.num_warps, "num_stages": 3}  # num_stages: triton's default, of no effect without a dot
-    return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+def _depthwise(arch: str, dtype: str, kernel: int, stride: int, tile, align: int = 8, wide: bool = False) -> dict:
+    """The stride of columns is a multiplier; that of rows decides which taps a row meets."""
+    constants = {"K": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "ALIGN": align, "WIDE": wide, "ACTIVATION": "silu"}
+    return {"op": "depthwise", "arch": arch, "dtype": dtype, "constants": constants | tile.constants, "options": _options(arch, tile)}
+
+
+def _options(arch: str, tile) -> dict:
+    """As `launch.options`."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if arch == "gfx942" else {"maxnreg": 255})
 
 
 def _max_pool(arch: str, dtype: str, tile, align: int = 8, stride: int = 2, wide: bool = False) -> dict:
@@ -89,14 +95,14 @@ def _max_pool(arch: str, dtype: str, tile, align: int = 8, stride: int = 2, wide
 def _gradients(arch: str, dtype: str) -> list[dict]:
     """Those of depthwise: every tile at stride 2 (at stride 1 the input's is the forward kernel), and the variants with one."""
     kind = "f32" if dtype == "f32" else "half"
-    found = [_input_gradient(arch, dtype, tile) for tile in configs.DEPTHWISE[kind]]
-    found += [_input_gradient(arch, dtype, tile, align=1) for tile in configs.DEPTHWISE["narrow"]]
-    found += [_input_gradient(arch, dtype, configs.DEPTHWISE[kind][0], stride=stride) for stride in ((1, 2), (2, 1))]
+    found = [_input_gradient(arch, dtype, tile) for tile in configs.DEPTHWISE_INPUT[kind]]
+    found += [_input_gradient(arch, dtype, tile, align=1) for tile in configs.DEPTHWISE_INPUT["narrow"]]
+    found += [_input_gradient(arch, dtype, configs.DEPTHWISE_INPUT[kind][0], stride=stride) for stride in ((1, 2), (2, 1))]
     for kernel, tables in configs.DEPTHWISE_WEIGHT.items():
         found += [_weight_gradient(arch, dtype, kernel, tile) for tile in tables[kind]]
         found += [_weight_gradient(arch, dtype, kernel, tile, align=1) for tile in tables["narrow"]]
     if dtype == "bf16":
-        found.append(_input_gradient(arch, dtype, configs.DEPTHWISE["half"][0], wide=True))
+        found.append(_input_gradient(arch, dtype, configs.DEPTHWISE_INPUT["half"][0], wide=True))
         found.append(_weight_gradient(arch, dtype, 3, configs.DEPTHWISE_WEIGHT[3]["half"][0], wide=True))
     for align in (8, 1):
         constants = {"TAPS": 25, "ALIGN": align, "SPLITS": 32, "CHANNELS": 32}
@@ -107,7 +113,7 @@ def _gradients(arch: str, dtype: str) -> list[dict]:
 
 def _input_gradient(arch: str, dtype: str, tile, align: int = 8, wide: bool = False, stride: tuple[int, int] = (2, 2)) -> dict:
     constants = {"K": 5, "STRIDE_H": stride[0], "STRIDE_W": stride[1], "ALIGN": align, "WIDE": wide}
-    constants |= {"ROWS": tile.rows // 2, "COLS": tile.cols // 2, "CHANNELS": tile.channels}
+    constants |= {"ROWS": tile.rows, "COLS": tile.cols, "CHANNELS": tile.channels}
     options = {"num_warps": tile.num_warps, "num_stages": 3}
     return {"op": "depthwise_backward_input", "arch": arch, "dtype": dtype, "constants": constants, "options": options}
 
@@ -143,8 +149,7 @@ def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wid
         del constants["CHANNELS"]
     if op == "stem":
         constants |= {"C": 3, "KH": 7, "KW": 7, "STEPS": 7, "BY_ROWS": True, "EDGES": True, "PAIRS": False, "WRAPS": 0}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({} if arch == "gfx942" else {"maxnreg": 255})
-    job = {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": options}
+    job = {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": _options(arch, tile)}
     if op == "stem":
         small = job | {"constants": constants | {"KH": 3, "KW": 3, "STEPS": 1, "BY_ROWS": False}}
         pairs = job | {"constants": constants | {"EDGES": False, "PAIRS": True, "WRAPS": 2}}

@@ -44,8 +44,8 @@ def test_binary(job, facts):
     assert binary["shared"] <= SHARED_LIMIT[job["arch"]]
     lanes = 64 if job["arch"] == "gfx942" else 32
     assert binary["registers"] * lanes * job["options"]["num_warps"] <= REGISTERS[job["arch"]]
-    # The rest is biases; a block loads taps per use, a stem pixels of few channels. gfx942 has tiles too small for 16 bytes a thread.
-    if compiling.aligned(job) and job["op"] not in configs.BLOCKS and job["arch"] != "gfx942":
+    # The rest is biases; a block loads taps per use, a stem pixels of few channels.
+    if compiling.aligned(job) and job["op"] not in configs.BLOCKS and fills_loads(job):
         assert binary["wide_loads"] >= 0.75
     if job["op"].startswith(("depthwise", "max_pool")) or (job["dtype"] == "f32" and job["arch"] != "gfx942"):
         assert binary["tensor_cores"] is None  # ieee fp32 has no tensor-core instruction there
@@ -55,9 +55,24 @@ def test_binary(job, facts):
         assert binary["tensor_cores"] == TENSOR_CORES[job["arch"]][0]
 
 
+def fills_loads(job: dict) -> bool:
+    """Whether a tile has 16 bytes for every thread. Some of gfx942, whose warps have 64 threads, and some of depthwise have 8, and one of
+    fire_expand, of its weights."""
+    if job["arch"] == "gfx942":
+        return False
+    c = job["constants"]
+    loaded = {"depthwise": ("LANES", "CHANNELS"), "fire_expand": ("CHANNELS", "DEPTH")}.get(job["op"])
+    item = 2 if job["dtype"] in ("f16", "bf16") else 4
+    return loaded is None or c[loaded[0]] * c[loaded[1]] * item >= 512 * job["options"]["num_warps"]
+
+
 def test_blocks_of_64_lanes_take_wgmma(chosen, facts):
     """What 64 lanes are for: sm_90's warpgroup instruction, twice the rate of mma.sync."""
-    all_wide = [job for job in compiling.jobs() if (job["arch"], job["dtype"], job["constants"].get("LANES")) == ("sm_90", "bf16", 64)]
+    all_wide = [
+        job
+        for job in compiling.jobs()
+        if job["op"] in configs.BLOCKS and (job["arch"], job["dtype"], job["constants"].get("LANES")) == ("sm_90", "bf16", 64)
+    ]
     assert len(all_wide) > 20
     wide = [job for job in all_wide if job in chosen]
     if not wide:
@@ -66,41 +81,56 @@ def test_blocks_of_64_lanes_take_wgmma(chosen, facts):
 
 
 def shipped(op: str, arch: str) -> set:
-    tables = {
-        "depthwise": configs.DEPTHWISE,
-        "max_pool": configs.MAX_POOL,
-        "pointwise": configs.POINTWISE[arch],
-        "fire_expand": configs.FIRE_EXPAND[arch],
-    }
-    return {(dtype, tile) for kind, tiles in tables[op].items() for tile in tiles for dtype in compiling.DTYPES[kind]}
+    table = {"max_pool": configs.MAX_POOL, "pointwise": configs.POINTWISE[arch], "fire_expand": configs.FIRE_EXPAND[arch]}[op]
+    return {(dtype, tile) for kind, tiles in table.items() for tile in tiles for dtype in compiling.DTYPES[kind]}
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
-@pytest.mark.parametrize("op", ["depthwise", "max_pool", "pointwise", "fire_expand"])
+@pytest.mark.parametrize("op", ["max_pool", "pointwise", "fire_expand"])
 def test_every_tile_is_chosen_and_no_other(op, arch):
     chosen = set()
-    dtypes = (
-        ("f32", "f16", "bf16") if op in ("depthwise", "max_pool") or arch == "gfx942" else ("f32", "tf32", "f16", "bf16")
-    )  # tf32 is NVIDIA's
-    for dtype in dtypes:
+    for dtype in ("f32", "f16", "bf16") if op == "max_pool" or arch == "gfx942" else ("f32", "tf32", "f16", "bf16"):  # tf32 is NVIDIA's
         for size in (7, 13, 14, 15, 56):
             for in_channels in (1, 3, 16, 24, 32, 40, 48, 64, 96, 160, 960):
                 for out_channels in (1, 16, 24, 32, 64, 72, 96, 128, 1000):
                     problem = configs.Problem(op, dtype, size, size, in_channels, out_channels)
                     chosen.add((dtype, configs.config(problem, arch)))
-    assert {(dtype.replace("tf32", "f32") if op == "depthwise" else dtype, tile) for dtype, tile in chosen} == shipped(op, arch)
+    assert chosen == shipped(op, arch)
 
 
-@pytest.mark.parametrize("kernel", configs.DEPTHWISE_WEIGHT)
-def test_every_tile_of_a_depthwise_weight_is_chosen_and_fits_its_kernel(kernel):
-    chosen = {
-        configs.config(configs.Problem("depthwise_backward_weight", dtype, 14, 14, channels, channels, kernel), arch)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_every_depthwise_tile_is_chosen(kernel, stride):
+    for kind, dtype, aligned in (("half", "bf16", 8), ("f32", "tf32", 4), ("narrow", "f16", 1)):
+        chosen = {
+            depthwise_tile(dtype, size, channels, kernel, stride)
+            for size in (4, 7, 8, 13, 14, 16, 28, 56, 112)
+            for channels in (3, 8, 16, 24, 32, 40, 64, 72, 96, 120, 960)
+            if channels % aligned == 0 and not (aligned == 1 and channels % 8 == 0)
+        }
+        assert chosen == set(configs.DEPTHWISE[kind][kernel, stride])
+
+
+def depthwise_tile(dtype: str, size: int, channels: int, kernel: int = 3, stride: int = 1):
+    geometry = (kernel, (stride, stride), (kernel // 2, kernel // 2), 0, (size * stride, size * stride))
+    return configs.config(configs.Problem("depthwise", dtype, size, size, channels, channels, *geometry), "sm_90")
+
+
+def gradient_tiles(op: str, kernel: int) -> set:
+    return {
+        configs.config(configs.Problem(op, dtype, 14, 14, channels, channels, kernel), arch)
         for arch in configs.ARCHITECTURES
         for dtype in ("f32", "f16", "bf16")
         for channels in (1, 3, 16, 24, 32, 64, 72, 96, 960)
     }
+
+
+@pytest.mark.parametrize("kernel", configs.DEPTHWISE_WEIGHT)
+def test_every_tile_of_a_depthwise_gradient_is_chosen_and_fits_its_kernel(kernel):
+    chosen = gradient_tiles("depthwise_backward_weight", kernel)
     assert chosen == {tile for tiles in configs.DEPTHWISE_WEIGHT[kernel].values() for tile in tiles}
     assert all(kernel % tile.tap_rows == 0 for tile in chosen)
+    assert gradient_tiles("depthwise_backward_input", kernel) == {tile for tiles in configs.DEPTHWISE_INPUT.values() for tile in tiles}
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
@@ -114,7 +144,12 @@ def test_every_block_gets_a_tile_of_its_table(op, arch):
                     assert configs.config(problem, arch) in configs.TABLES[op][arch][configs.kind(problem)]
 
 
-def test_depthwise_tiles_leave_few_lanes_idle():
+def test_depthwise_tiles_leave_few_places_idle():
+    """Of images that networks have: output pixels by channels that a tile computes for nothing."""
     for channels in (16, 24, 32, 40, 64, 72, 88, 96, 120, 144, 184, 200, 240, 480, 576, 672, 960):
-        tile = configs.config(configs.Problem("depthwise", "bf16", 28, 28, channels, channels), "sm_90")
-        assert -(-channels // tile.channels) * tile.channels <= 1.34 * channels
+        for size, most in ((112, 1.34), (56, 1.34), (28, 1.84), (14, 1.84)):
+            for kernel in (3, 5):
+                for stride in (1, 2):
+                    tile = depthwise_tile("bf16", size, channels, kernel, stride)
+                    places = tile.tiles(size, size) * tile.lanes * tile.run * -(-channels // tile.channels) * tile.channels
+                    assert places <= most * size * size * channels

@@ -17,6 +17,7 @@ from fastconv.models import get_model
 from fastconv.optimize import optimize
 
 pytestmark = pytest.mark.gpu
+one_at_a_time = pytest.mark.xdist_group("memory")  # of the GPU's, each takes much
 
 
 class TestDevice(cases.Checks, blocks.BlockChecks):
@@ -112,6 +113,7 @@ def _enough_memory(gigabytes):
 
 
 # (N, C, H, W): many images; one image that alone passes 2^31 elements
+@one_at_a_time
 @pytest.mark.parametrize("shape", [(1400, 128, 112, 112), (1, 64, 5824, 5824)], ids=str)
 @pytest.mark.parametrize("op", ["depthwise", "pointwise", "fire_expand", "separable", "inverted_residual", "fire", "max_pool"])
 def test_past_2_31_elements(op, shape):
@@ -149,6 +151,7 @@ def test_past_2_31_elements(op, shape):
         assert y[image, :, low + top : low + bottom].abs().sum() > 0
 
 
+@one_at_a_time
 def test_memcheck():
     """Every kernel on small images under compute-sanitizer: no access outside an allocation."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -65,12 +65,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             x = x + self.project(y * self.gate(y))
             return self.last(self.pool(self.fire(x)))
 
-    @pytest.mark.parametrize("form", ["fused", *(pytest.param(form, marks=pytest.mark.slow) for form in ("in parts", "through cuDNN"))])
+    def split(problem, arch):
+        """Of an inverted residual; other blocks have no such form."""
+        from fastconv.kernels.gpu import model
+
+        if problem.op != "inverted_residual":
+            return model.best(problem, arch)
+        return configs.Split(model.best(problem.after_expand, arch))
+
+    SLOW_FORMS = ("split", "in parts", "through cuDNN")
+
+    @pytest.mark.parametrize("form", ["fused", *(pytest.param(form, marks=pytest.mark.slow) for form in SLOW_FORMS)])
     def test_an_optimized_network(form, monkeypatch):
         """Every block of a plan through its kernel, in each form; explain names them; changed weights are noticed."""
         from fastconv.kernels.gpu import blocks, model
 
-        monkeypatch.setattr(blocks, "choice", {"fused": model.best, "in parts": lambda *_: None}.get(form, lambda *_: configs.ATEN))
+        forms = {"fused": model.best, "split": split, "in parts": lambda *_: None, "through cuDNN": lambda *_: configs.ATEN}
+        monkeypatch.setattr(blocks, "choice", forms[form])
         torch.manual_seed(0)
         net = Net().eval()
         fast = fastconv.optimize(net)
@@ -91,7 +102,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 assert ((fast(x) - wanted).norm() / wanted.norm()).item() < 2e-6
                 kernels = {row.name: row.kernel for row in fastconv.explain(fast).rows}
                 for name, op in (("separable", "separable"), ("block", "inverted_residual"), ("pool", "fire_pool"), ("last.2", "head")):
-                    assert re.fullmatch(rf"{op} triton " + (r"\d+x\d+x\d+x\d+" if form == "fused" else form), kernels[name])
+                    wanted = r"\d+x\d+x\d+x\d+" if form in ("fused", "split") else form
+                    wanted = f"split {wanted}" if form == "split" and op == "inverted_residual" else wanted
+                    assert re.fullmatch(rf"{op} triton {wanted}", kernels[name])
                 # the pool itself has no weights: the joined kernel has to take the fire's new ones
                 for module in (net, fast):
                     torch.manual_seed(1)
@@ -115,18 +128,30 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 fast(torch.randn(1, channels, 9, 9).half())
 
     def test_a_block_runs_as_it_is_chosen(monkeypatch):
-        """Fused or in parts: the same result, from the kernels that were named."""
+        """Fused, split or in parts: the same result, from the kernels that were named."""
         from fastconv.kernels.gpu import blocks, model
 
         x, shapes = torch.randn(1, 8, 7, 7), ((24, 8, 1, 1), (24, 1, 3, 3), (8, 24, 1, 1))
         weights = [tensor for shape in shapes for tensor in (torch.randn(shape), torch.randn(shape[0]))]
         ran = []
-        for name in ("pointwise", "depthwise"):
-            launcher = getattr(blocks, name)
-            monkeypatch.setattr(blocks, name, lambda *a, run=launcher, name=name: ran.append(name) or run(*a))
+        for module, name in ((blocks, "pointwise"), (blocks, "depthwise"), (blocks.separables, "separable")):
+            launcher = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, run=launcher, name=name: ran.append(name) or run(*a))
         monkeypatch.setattr(blocks, "choice", model.best)
         fused = fastconv.ops.inverted_residual(x, *weights, residual=True)
         assert not ran
+        monkeypatch.setattr(blocks, "choice", split)
+        for activation in (None, "relu6"):
+            arguments = {"activation": activation} if activation else {}
+            x_last = x.contiguous(memory_format=torch.channels_last)
+            for image in (x, x_last):
+                y = fastconv.ops.inverted_residual(image, *weights, residual=True, **arguments)
+                assert y.stride() == image.stride()
+                wanted = fastconv.reference.inverted_residual(x, *weights, residual=True, **arguments)
+                torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        assert ran == ["pointwise", "separable"] * 4
+        assert re.fullmatch(r"split \d+x\d+x\d+x\d+", blocks.last_form())
+        ran.clear()
         monkeypatch.setattr(blocks, "choice", lambda problem, arch: None)
         torch.testing.assert_close(fastconv.ops.inverted_residual(x, *weights, residual=True), fused)
         assert ran == ["pointwise", "depthwise", "pointwise"]
@@ -139,6 +164,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     # op: (x's shape, weights' shapes, the problem, the call's other arguments)
     COUNTED = {
+        "depthwise": ((2, 24, 9, 11), [(24, 1, 5, 5)], ((2, 1), (2, 1), "relu")),
         "separable": ((2, 24, 9, 11), [(24, 1, 3, 3), (40, 24, 1, 1)], ((2, 2), (1, 1), "relu")),
         "inverted_residual": ((1, 24, 6, 9), [(40, 24, 1, 1), (40, 1, 5, 5), (24, 40, 1, 1)], (None, (1, 1), (2, 2))),
         "fire": ((2, 24, 7, 9), [(16, 24, 1, 1), (40, 16, 1, 1), (40, 16, 3, 3)], ()),
@@ -148,9 +174,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     }
 
     def problem_of(op, x, weights, rest):
-        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, separable, stem
+        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, launch, separable, stem
 
         four = [weight for weight in weights if weight.dim() == 4]
+        if op == "depthwise":
+            out = launch.window(x.shape[2:], 5, *rest[:2])
+            return configs.Problem("depthwise", "f32", *out, 24, 24, 5, *rest[:2], 0, tuple(x.shape[2:]))
         if op == "separable":
             return separable.problem(x, *four, *rest[:2])
         if op == "inverted_residual":
@@ -174,8 +203,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             weights[0] = launch.stem_order(weights[0])
         # with what pads them
         named = {f"weight{i}": weight.new_empty(0).set_(weight.untyped_storage()) for i, weight in enumerate(weights)}
-        tiles = configs.TABLES[op]["sm_90"]["half"]
-        for tile in {tiles[0], tiles[-1], configs.TABLES[op]["sm_80"]["f32"][-1]}:
+        if op == "depthwise":
+            chosen = {configs.DEPTHWISE[kind][5, 2][number] for kind, number in (("half", 0), ("half", -1), ("f32", -1))}
+        else:
+            tiles = configs.TABLES[op]["sm_90"]["half"]
+            chosen = {tiles[0], tiles[-1], configs.TABLES[op]["sm_80"]["f32"][-1]}
+        for tile in chosen:
             with monkeypatch.context() as patch:
                 counts = traffic.count(patch, lambda tile=tile: cases.launcher(op)(x, *weights, *rest, tile=tile), x=x, **named)
             assert counts["x"].loaded == shape[0] * model.issued(problem, tile)
@@ -241,7 +274,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         assert set(calls) == {p.op for p in TUNED}
         for p in TUNED:
             best = worth_trying(p, "sm_80")
-            assert calls.count(p.op) == len(best) + 1 + (p.op != "expand_depthwise")  # in parts, and through cuDNN
+            halves = len(worth_trying(p.after_expand, "sm_80")) if p.op == "inverted_residual" else 0
+            assert calls.count(p.op) == len(best) + halves + 1 + (p.op != "expand_depthwise")  # split, in parts, and through cuDNN
+            assert (table["microseconds"][tuned.key(p)]["split"] is not None) == (p.op == "inverted_residual")
             assert table["choices"][tuned.key(p)] == tuned.row(best[0])
 
     def test_forced_backend_refuses_what_it_does_not_cover():
