@@ -63,7 +63,52 @@ def jobs() -> list[dict]:
                 tiles = configs.TABLES[op][arch]["half"][:1]
                 found += _block(op, arch, "bf16", tiles[0], False, tiles, wide=True)
         found.append(_matmul("fire_expand", arch, "bf16", _tile("fire_expand", arch, "bf16", 64, 64), wide=True))
+    found += _staged()
     return found
+
+
+def _staged() -> list[dict]:
+    """Each tile of the kernels for Hopper, with its heaviest problem among MobileNet V2's early blocks and SqueezeNet's fires."""
+    found = []
+    for (kernel, stride), tiles in configs.STAGED.items():
+        for tile in tiles:
+            channels = 16 if tile.spare else 24
+            blocks = [("inverted_residual", channels, 144, 24), ("separable", 32, 0, 16), ("expand_depthwise", 80, 480, 480)]
+            for op, c, e, o in blocks:
+                image = (14 * stride,) * 2
+                problem = configs.Problem(op, "bf16", 14, 14, c, o, kernel, (stride,) * 2, (1, 1), e, image)
+                if tile in configs.staged(problem, "sm_90"):
+                    found.append(_staged_job(problem, tile))
+    problem = configs.Problem("inverted_residual", "f16", 14, 14, 24, 24, 3, (1, 1), (1, 1), 144)
+    found += [_staged_job(problem, configs.STAGED[3, 1][0], wide) for wide in (False, True)]
+    for tile in configs.STAGED_FIRE:
+        for c, e, o in ((64, 16, 64), (512, 64, 256)):
+            problem = configs.Problem("fire", "bf16", 13, 13, c, o, 3, (1, 1), (1, 1), e)
+            if tile in configs.staged(problem, "sm_90"):
+                constants = {"ALIGN_IN": 16, "ALIGN_BETWEEN": 16, "ALIGN_1X1": 16, "ALIGN_3X3": 16, "WIDE": False, "SIDE": configs.SIDE}
+                constants |= {"CHANNELS": tile.channels, "BETWEEN": configs.padded(e), "DEPTH_IN": tile.depth_in, "WARPS": tile.num_warps}
+                found.append({"op": "staged_fire", "arch": "sm_90", "dtype": "bf16", "constants": constants, "options": _capped(tile)})
+    return found
+
+
+def _staged_job(problem, tile, wide: bool = False) -> dict:
+    expands, projects = problem.op != "separable", problem.op != "expand_depthwise"
+    expanded = problem.between if expands else problem.in_channels
+    constants = {"K": problem.kernel, "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1], "WIDE": wide}
+    constants |= {"ALIGN_IN": 8, "ALIGN_BETWEEN": 16, "ALIGN_OUT": 8, "EXPAND": expands, "PROJECT": projects}
+    depth_in = tile.depth_in(problem.in_channels)
+    constants |= {"SPARE": expands and problem.in_channels < depth_in, "PARTIAL": expanded % tile.depth != 0}
+    constants |= {"EXPAND_ACTIVATION": "silu" if expands else None, "DEPTHWISE_ACTIVATION": "silu", "ACTIVATION": None}
+    constants |= {"STRIPS": tile.strips, "RUN": tile.run, "COLUMNS": tile.columns, "DEPTH": tile.depth, "DEPTH_IN": depth_in}
+    constants |= {"CHANNELS": configs.padded(problem.out_channels) if projects else 16, "WARPS": tile.num_warps}
+    missing = [] if expands else ["expand_ptr", "expand_bias_ptr"]
+    missing += ["sums_ptr"] if projects else ["project_ptr", "project_bias_ptr", "residual_ptr"]
+    constants |= dict.fromkeys(missing)
+    return {"op": "staged", "arch": "sm_90", "dtype": problem.dtype, "constants": constants, "options": _capped(tile)}
+
+
+def _capped(tile) -> dict:
+    return {"num_warps": tile.num_warps} | ({"maxnreg": tile.registers} if tile.registers else {})
 
 
 def _tile(op: str, arch: str, dtype: str, in_channels: int, out_channels: int):
@@ -173,8 +218,11 @@ def _matmul(op: str, arch: str, dtype: str, tile, align: int = 8, wide: bool = F
 
 def name(job: dict) -> str:
     c = job["constants"]
-    fields = ("RUN", "LANES", "ROWS", "COLS", "PIXELS", "CHANNELS", "DEPTH", "DEPTH_IN")
-    variant = f"-k{c['K']}s{c['STRIDE_H']}" if "K" in c else f"-stages{job['options']['num_stages']}"
+    fields = ("STRIPS", "RUN", "COLUMNS", "LANES", "ROWS", "COLS", "PIXELS", "BETWEEN", "CHANNELS", "DEPTH", "DEPTH_IN")
+    variant = f"-k{c['K']}s{c['STRIDE_H']}" if "K" in c else f"-stages{job['options'].get('num_stages', 1)}"
+    if "EXPAND" in c:
+        variant += f"-{'expand' if c['EXPAND'] else 'load'}-{'project' if c['PROJECT'] else 'sum'}"
+    variant += f"-registers{job['options']['maxnreg']}" if job["options"].get("maxnreg", 255) != 255 else ""
     if job["op"] == "stem":
         variant += "-pairs" if c["PAIRS"] else "-rows" if c["BY_ROWS"] else "-whole"
     variant += "-s1" if job["op"] == "max_pool" and c["STRIDE_H"] == 1 else ""
@@ -207,6 +255,8 @@ def compile_job(job: dict) -> dict:
             aligned[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32"
+    if job["op"].startswith("staged"):
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # noqa: N813
     source = ASTSource(kernel, signature, constexprs=job["constants"], attrs=aligned)
     if job["arch"] == "gfx942":
         return _amd(triton.compile(source, target=GPUTarget("hip", job["arch"], 64), options=job["options"]))
@@ -254,7 +304,7 @@ def key(job: dict) -> str:
     import triton
 
     folder = Path(configs.__file__).parent
-    sources = b"".join((folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py"))
+    sources = b"".join((folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py", "staged.py"))
     mine = Path(__file__).read_bytes()
     return hashlib.sha256(sources + mine + json.dumps(job, sort_keys=True).encode() + triton.__version__.encode()).hexdigest()
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 # What a block may use: 99 KiB serves sm_86, sm_89 and sm_120 too, which run sm_80's table (sm_80 itself has 163 KiB).
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 REGISTERS = {"sm_80": 65536, "sm_90": 65536, "gfx942": 4 * 64 * 512}
+SPILL = 192  # bytes of a thread
 TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync"), "gfx942": ("mfma",)}
 JOBS = [job if number % 6 == 0 else pytest.param(job, marks=pytest.mark.slow) for number, job in enumerate(compiling.jobs())]
 
@@ -40,10 +41,14 @@ def facts(pytestconfig, chosen):
 @pytest.mark.parametrize("job", JOBS, ids=compiling.name)
 def test_binary(job, facts):
     binary = facts[compiling.key(job)]
-    assert binary["stack"] == 0, "registers spill"
+    # with its registers capped, a staged block spills a little, and more programs a multiprocessor more than repay that (decision 19)
+    assert binary["stack"] <= (SPILL if job["op"] == "staged" and "maxnreg" in job["options"] else 0), "registers spill"
     assert binary["shared"] <= SHARED_LIMIT[job["arch"]]
     lanes = 64 if job["arch"] == "gfx942" else 32
     assert binary["registers"] * lanes * job["options"]["num_warps"] <= REGISTERS[job["arch"]]
+    if job["op"].startswith("staged"):
+        assert binary["tensor_cores"] == "wgmma"
+        return
     # The rest is biases; a block loads taps per use, a stem pixels of few channels.
     if compiling.aligned(job) and job["op"] not in configs.BLOCKS and fills_loads(job):
         assert binary["wide_loads"] >= 0.75
@@ -141,7 +146,8 @@ def test_every_block_gets_a_tile_of_its_table(op, arch):
             for channels in (1, 3, 16, 24, 96, 160, 512):
                 for between in (0,) if op in ("separable", "fire_pool", "stem", "head") else (1, 48, 960):
                     problem = configs.Problem(op, dtype, size, size, channels, 24, 3, (1, 1), (1, 1), between)
-                    assert configs.config(problem, arch) in configs.TABLES[op][arch][configs.kind(problem)]
+                    tiles = configs.TABLES[op][arch][configs.kind(problem)] + configs.staged(problem, arch)
+                    assert configs.config(problem, arch) in tiles
 
 
 def test_depthwise_tiles_leave_few_places_idle():
