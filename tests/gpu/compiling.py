@@ -304,7 +304,9 @@ def key(job: dict) -> str:
     import triton
 
     folder = Path(configs.__file__).parent
-    sources = b"".join((folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py", "staged.py"))
+    sources = b"".join(
+        (folder / file).read_bytes() for file in (f"{FILES.get(job['op'], job['op'])}.py", "march.py", "epilogue.py", "staged.py")
+    )
     mine = Path(__file__).read_bytes()
     return hashlib.sha256(sources + mine + json.dumps(job, sort_keys=True).encode() + triton.__version__.encode()).hexdigest()
 
