@@ -179,7 +179,7 @@ def _fire_expand(arch: str, dtype: str, size: tuple[int, int], c: int, o: int) -
 
 def _fused(p: Problem, tile: BlockTile, activations: tuple[str | None, ...], residual: bool) -> tuple:
     steps = 1 if p.in_channels <= tile.depth_in else 2
-    taps = (p.kernel, p.stride, p.in_channels if p.op == "stem" else None)
+    taps = (p.kernel, p.stride, (p.in_channels, p.padding, p.size) if p.op == "stem" else None)
     return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), steps, taps, activations, residual)
 
 

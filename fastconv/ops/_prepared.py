@@ -128,9 +128,10 @@ def arrange(label: str, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     """Plain weights and biases as the kernel behind the label reads them without a copy on each call."""
     if not label.endswith("triton"):
         return weights
-    from fastconv.kernels.gpu.launch import kernel_order
+    from fastconv.kernels.gpu import launch
 
-    return tuple(kernel_order(weight) if weight is not None and weight.dim() == 4 else weight for weight in weights)
+    order = launch.stem_order if label.startswith("stem") else launch.kernel_order
+    return tuple(order(weight) if weight is not None and weight.dim() == 4 else weight for weight in weights)
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import BlockTile, DepthwiseTile
+from .configs import STEM_DEPTH, BlockTile, DepthwiseTile, stem_steps
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 INT32_MAX = 2**31 - 1
@@ -64,6 +64,19 @@ def kernel_order(weight: torch.Tensor) -> torch.Tensor:
             return weight
         return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return nhwc(weight)
+
+
+def stem_order(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight (O, C, KH, KW) as the stem's kernel reads it: (O, KH, KW, C) with zeros after each window, or after each row of
+    one (`stem_steps`), up to a multiple of STEM_DEPTH, so that a thread loads 16 bytes at a time. Copies only if it must."""
+    out, channels, height, width = weight.shape
+    steps, by_rows = stem_steps(height, width, channels)
+    strides = (steps * STEM_DEPTH, 1, STEM_DEPTH if by_rows else width * channels, channels)
+    padded = (weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()) >= out * strides[0]
+    if weight.stride() == strides and padded:
+        return weight
+    ordered = weight.new_zeros(out * strides[0]).as_strided(weight.shape, strides)
+    return ordered.copy_(weight)
 
 
 def dense(bias: torch.Tensor | None) -> torch.Tensor | None:

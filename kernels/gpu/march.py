@@ -32,6 +32,19 @@ def lanes(tile, OW, RUN: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def pixels(tile, OW, LANES: tl.constexpr, WRAPS: tl.constexpr):
+    """`lanes` of one row each. WRAPS: how many image rows a tile may pass into, 0 for any number: then each lane costs a division."""
+    if WRAPS == 0:
+        return lanes(tile, OW, 1, LANES)
+    first = tile * LANES
+    at = first % OW + tl.arange(0, LANES)
+    down = (at >= OW).to(tl.int32)
+    for wrap in tl.static_range(2, WRAPS + 1):
+        down += (at >= wrap * OW).to(tl.int32)
+    return first // OW + down, at - down * OW
+
+
+@triton.jit
 def inside(ih, iw, H, W):
     return (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
 

@@ -130,7 +130,9 @@ def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
         slots = _up(problem.height * problem.width, tile.lanes) * tile.lanes
     halo = tiles * tile.lanes * _rows(problem, tile) * k  # times an input pixel is taken
     width = blocks * tile.channels
-    deep = _up(c * k * k if problem.op == "stem" else c, tile.depth) * tile.depth
+    steps, by_rows = configs.stem_steps(k, k, c) if problem.op == "stem" else (_up(c, tile.depth), False)
+    deep = steps * tile.depth
+    addresses = 0 if problem.op != "stem" else 4 * blocks if by_rows else 8
     if problem.op == "separable":
         tensor, weights = slots * deep * width, c * tile.channels + k * k * c
         scalar = blocks * deep * (slots * (k * k + 3) + halo)
@@ -153,7 +155,7 @@ def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
     else:
         tensor, scalar, weights = (
             slots * deep * width,
-            (8 * slots * deep if problem.op == "stem" else 0) + 4 * slots * width,
+            addresses * slots * deep + 4 * slots * width,
             c * tile.channels,
         )
     rows, columns = _rows(problem, tile), tile.lanes * problem.stride[1] + k - problem.stride[1]

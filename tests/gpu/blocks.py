@@ -49,10 +49,13 @@ FIRE_POOL = [
 # N, C, O, H, W, (KH, KW), stride, padding, activation, bias
 STEM = [
     (2, 3, 24, 15, 17, (3, 3), (2, 2), (1, 1), "hardswish", True),
-    (1, 3, 96, 23, 21, (7, 7), (2, 2), (0, 0), "relu", True),
+    (1, 3, 96, 23, 22, (7, 7), (2, 2), (0, 0), "relu", True),
     (1, 1, 3, 5, 7, (3, 5), (1, 2), (2, 0), None, False),
     (1, 4, 40, 9, 9, (5, 1), (3, 1), (1, 0), "silu", True),
     (1, 3, 130, 8, 8, (3, 3), (2, 2), (1, 1), "relu6", True),
+    (2, 3, 24, 11, 13, (7, 7), (2, 2), (3, 2), None, True),
+    (1, 4, 40, 9, 70, (5, 5), (1, 1), (0, 0), "relu", True),
+    (1, 2, 24, 9, 9, (8, 5), (2, 1), (1, 1), None, False),
 ]
 # N, C, O, H, W, activation, bias
 HEAD = [
@@ -289,6 +292,27 @@ class BlockChecks:
         monkeypatch.setattr(launch, "INT32_MAX", 0)
         sentinel(monkeypatch)
         CHECKS[op](torch.float32, self.device, globals()[op.upper()][2], True)
+        if op == "stem":  # by rows, and two elements at a time
+            CHECKS[op](torch.float16, self.device, STEM[1], True)
+
+    def test_a_stems_loads_stay_in_their_windows(self, dtype):
+        """A NaN pixel reaches exactly the outputs whose window holds it: not those whose row ends before it within a pair."""
+        mask = torch.zeros(1, 1, 11, 24, device=self.device)
+        mask[0, 0, 6, 13] = 1
+        x = torch.ones(1, 3, 11, 24, dtype=dtype, device=self.device).contiguous(memory_format=torch.channels_last)
+        x[0, :, 6, 13] = float("nan")
+        y = launcher("stem")(x, torch.ones(8, 3, 7, 7, dtype=dtype, device=self.device), None, (2, 2), (0, 0))
+        touched = torch.nn.functional.conv2d(mask, torch.ones(1, 1, 7, 7, device=self.device), stride=2) > 0
+        assert torch.equal(y.isnan(), touched.expand_as(y))
+
+    def test_a_stems_weight_is_laid_out_once(self):
+        from fastconv.kernels.gpu import launch
+
+        for shape in ((24, 3, 7, 7), (8, 3, 3, 3), (8, 1, 3, 5), (8, 4, 5, 1)):
+            weight = torch.randn(shape, device=self.device)
+            ordered = launch.stem_order(weight)
+            assert torch.equal(ordered, weight)
+            assert launch.stem_order(ordered) is ordered
 
     @pytest.mark.parametrize("op", OPS)
     def test_block_batch_invariance(self, op, monkeypatch):

@@ -193,8 +193,12 @@ def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wid
     if op == "expand_depthwise":
         del constants["CHANNELS"]
     if op == "stem":
-        constants |= {"C": 3, "KH": 7, "KW": 7}
+        constants |= {"C": 3, "KH": 7, "KW": 7, "STEPS": 7, "BY_ROWS": True, "EDGES": True, "PAIRS": False, "WRAPS": 0}
     job = {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": _options(arch, tile)}
+    if op == "stem":
+        small = job | {"constants": constants | {"KH": 3, "KW": 3, "STEPS": 1, "BY_ROWS": False}}
+        pairs = job | {"constants": constants | {"EDGES": False, "PAIRS": True, "WRAPS": 2}}
+        return [job, small] + ([pairs] if dtype in ("f16", "bf16") else [])
     if not tile.depth_in:
         return [job]
     deepest = op == "fire" or tile.depth_in == max(other.depth_in for other in tiles)
@@ -219,6 +223,8 @@ def name(job: dict) -> str:
     if "EXPAND" in c:
         variant += f"-{'expand' if c['EXPAND'] else 'load'}-{'project' if c['PROJECT'] else 'sum'}"
     variant += f"-registers{job['options']['maxnreg']}" if job["options"].get("maxnreg", 255) != 255 else ""
+    if job["op"] == "stem":
+        variant += "-pairs" if c["PAIRS"] else "-rows" if c["BY_ROWS"] else "-whole"
     variant += "-s1" if job["op"] == "max_pool" and c["STRIDE_H"] == 1 else ""
     variant += ("" if aligned(job) else "-unaligned") + ("-wide" if c.get("WIDE") else "") + ("-loop" if c.get("STEPS") == 2 else "")
     variant += "-gate" if job["op"] == "pointwise" and "gate_ptr" not in c else ""

@@ -193,13 +193,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     @pytest.mark.parametrize("op", COUNTED)
     def test_traffic(op, monkeypatch):
         """Loads and stores, counted: x as often as the model says, each output once, and nothing else but weights."""
-        from fastconv.kernels.gpu import configs, model
+        from fastconv.kernels.gpu import configs, launch, model
 
         shape, shapes, rest = COUNTED[op]
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         weights = laid_out(*[tensor for size in shapes for tensor in (torch.randn(size), torch.randn(size[0]))])
         problem = problem_of(op, x, weights, rest)
-        named = {f"weight{i}": weight for i, weight in enumerate(weights)}
+        if op == "stem":
+            weights[0] = launch.stem_order(weights[0])
+        # with what pads them
+        named = {f"weight{i}": weight.new_empty(0).set_(weight.untyped_storage()) for i, weight in enumerate(weights)}
         if op == "depthwise":
             chosen = {configs.DEPTHWISE[kind][5, 2][number] for kind, number in (("half", 0), ("half", -1), ("f32", -1))}
         else:
