@@ -1,9 +1,9 @@
 """Choices that were measured: the tables that `fastconv tune` writes. Pure Python.
 
-kernels/gpu/tables/<arch>.json ships with the package (none does before a device was measured); FASTCONV_TUNED names a file to read instead.
-A table is {"arch": ..., "choices": {key(problem): form}}, a form being [run, lanes, channels, depth, num_warps, depth_in, num_stages] for
-one kernel, null for one per layer, "aten" for cuDNN; of an inverted residual also ["split", run, lanes, ...]: its expand, then the rest as
-one `separable` kernel with that tile.
+kernels/gpu/tables/<arch>.json ships with the package where a device was measured; FASTCONV_TUNED names a file to read instead.
+A table is {"arch": ..., "choices": {key(problem): form}}, a form being [run, lanes, channels, depth, num_warps, depth_in, num_stages] or
+["staged", fields of the tile, ...] for one kernel, null for one per layer, "aten" for cuDNN; of an inverted residual also ["split", ...]:
+its expand, then the rest as one `separable` kernel with the tile that follows.
 """
 
 import functools
