@@ -2,7 +2,8 @@
 
 python tests/fuzz/fuzz.py [--seconds 60] [--save] [operators arguments checkpoints]
 
-operators: every compiled operator, packed weights and programs included, by libFuzzer under the address sanitizer (clang and its runtime).
+operators: every compiled operator, packed weights and programs included, by libFuzzer under the address and undefined-behaviour sanitizers
+(clang and its runtime).
 arguments: the public functions' checks in Python; checkpoints: files given as `weights=`; both by atheris (pip install atheris).
 --save: what reached something new joins tests/fuzz/corpus; of the operators' inputs, the smallest that reach as much.
 """
@@ -26,6 +27,8 @@ OUT = ROOT / "out" / "fuzz"
 # A tensor larger than this is refused as one that the machine has no memory for.
 MEGABYTES = 64
 SANITIZER = f"allocator_may_return_null=1:max_allocation_size_mb={MEGABYTES}:quarantine_size_mb=32:detect_leaks=0"
+# Every report ends the run. vptr would look into torch's classes, which are not instrumented.
+UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
 LIMITS = ["-timeout=30", "-rss_limit_mb=4096"]
 
 
@@ -38,7 +41,7 @@ def build() -> Path:
     if cxx is None:
         sys.exit("fuzz: operators need clang and its libFuzzer (apt-get install clang)")
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    options = ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address", "-DFASTCONV_EXACT_SCRATCH", "-w"]
+    options = ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address", *UNDEFINED, "-DFASTCONV_EXACT_SCRATCH", "-w"]
     jobs = programs.core_jobs(["scalar"], [*options, "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes])
     flags = jobs[-1][0]
     sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.stem not in ("module", "watch", "benchmark")]
@@ -47,7 +50,7 @@ def build() -> Path:
     folder = ROOT / "build" / "fuzz"
     libraries = Path(torch.__file__).parent / "lib"
     linking = [
-        "-fsanitize=fuzzer,address",
+        "-fsanitize=fuzzer,address,undefined",
         f"-L{libraries}",
         f"-Wl,-rpath,{libraries}",
         "-Wl,--no-as-needed",
