@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastconv import reference
 from fastconv.benchmarks import layers
 from fastconv.kernels.gpu import model
-from fastconv.kernels.gpu.configs import BlockTile, Problem, choice, text
+from fastconv.kernels.gpu.configs import BlockTile, Problem, text
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "tf32": torch.float32}
 # the fires that a 3x3 max-pool with stride 2 and ceil_mode follows, and the size it makes
@@ -193,13 +193,13 @@ class Case:
 
 
 def modelled(arch: str, dtype: str = "bf16") -> list[dict]:
-    """What the model says of each block: the form chosen, bytes an image through device memory fused, split, in parts and at least."""
+    """What the model says of each block, measured or not: the form, bytes an image in device memory fused, split, in parts, at least."""
     rows = []
     for block in blocks(dtype):
         problem = block.problem
         best = model.best(problem, arch)
         row = {"net": block.net, "layer": block.layer, "op": problem.op, "shape": block.shape, "count": block.count}
-        row["form"] = text(choice(problem, arch))
+        row["form"] = text(model.form(problem, arch))
         row |= {"floor": model.floor(problem), "fused": int(model.work(problem, best).memory), "issued": model.issued(problem, best)}
         has_parts = problem.op != "stem"
         row["parts"] = int(sum(part.memory for part in model.parts(problem, arch))) if has_parts else row["fused"]

@@ -98,7 +98,7 @@ def test_tiles_worth_trying(arch):
     for block in blocks.blocks():
         tiles = worth_trying(block.problem, arch)
         assert tiles[0] == model.best(block.problem, arch)
-        assert set(tiles) <= set(configs.TABLES[block.problem.op][arch]["half"])
+        assert set(tiles) <= {*configs.TABLES[block.problem.op][arch]["half"], *configs.staged(block.problem, arch)}
         assert all(model.resident_warps(block.problem, tile) >= tile.num_warps for tile in tiles)
 
 
@@ -108,8 +108,8 @@ def test_the_half_that_follows_an_expand():
     assert problem.after_expand == configs.Problem("separable", "bf16", 7, 6, 144, 40, 5, (2, 2), (2, 2), 0, (13, 11))
     square = configs.Problem("inverted_residual", "bf16", 7, 7, 24, 40, 3, (1, 1), (1, 1), 144)
     assert square.after_expand.size == (7, 7)
-    form = model.form(square, "sm_90")
-    assert form == configs.Split(model.best(square.after_expand, "sm_90"))
+    form = configs.Split(model.best(square.after_expand, "sm_90"))
+    assert model.split_seconds(square, form.tile, "sm_90") > 0
     assert configs.text(form).startswith("split ")
 
 
@@ -134,12 +134,35 @@ def test_a_split_choice(tmp_path, monkeypatch, fresh):
     assert configs.config(problem, "sm_90") == model.best(problem, "sm_90")  # of the one kernel, asked for by name
 
 
+def test_staged_choices(tmp_path, monkeypatch, fresh):
+    """Of both kinds, alone and as the second half of a split block."""
+    block = configs.Problem("inverted_residual", "bf16", 56, 56, 24, 24, 3, (1, 1), (1, 1), 144)
+    fire = configs.Problem("fire", "bf16", 13, 13, 512, 256, 3, (1, 1), (1, 1), 64)
+    tile, fire_tile = configs.STAGED[3, 1][1], configs.STAGED_FIRE[0]
+    other = configs.Problem("inverted_residual", "bf16", 28, 28, 24, 24, 3, (1, 1), (1, 1), 144)
+    forms = {block: tile, fire: fire_tile, other: configs.Split(tile)}
+    assert tuned.row(tile) == ["staged", 2, 7, 14, 32, 4, 168, 0]
+    assert tuned.row(fire_tile) == ["staged", 64, 64, 8, 0]
+    assert tuned.row(forms[other]) == ["split", "staged", 2, 7, 14, 32, 4, 168, 0]
+    file = tmp_path / "table.json"
+    choices = {tuned.key(problem): tuned.row(form) for problem, form in forms.items()}
+    file.write_text(json.dumps({"arch": "sm_90", "choices": choices}))
+    monkeypatch.setenv("FASTCONV_TUNED", str(file))
+    assert {problem: configs.choice(problem, "sm_90") for problem in forms} == forms
+    assert configs.config(block, "sm_90") == tile
+    assert configs.text(tile) == "staged 14x14x32"
+    assert configs.text(forms[other]) == "split staged 14x14x32"
+
+
 SPLIT_ROWS = [
-    ("inverted_residual bf16 a", ["split", 2, 64, 128], "null, 'aten' or 7 ints, after 'split' or not"),
-    ("inverted_residual bf16 a", ["parts", 2, 64, 128, 32, 8, 0, 1], "null, 'aten' or 7 ints, after 'split' or not"),
+    ("inverted_residual bf16 a", ["split", 2, 64, 128], "null, 'aten', 7 ints or 'staged' and 7, after 'split' or not"),
+    ("inverted_residual bf16 a", ["parts", 2, 64, 128, 32, 8, 0, 1], "null, 'aten', 7 ints or 'staged' and 7, after 'split' or not"),
     ("inverted_residual bf16 a", ["split", 2, 64, 128, 32, 8, 0, True], "7 ints"),
     ("inverted_residual bf16 a", [], "7 ints"),
-    ("separable bf16 a", ["split", 2, 64, 128, 32, 8, 0, 1], "null, 'aten' or 7 ints, got"),
+    ("separable bf16 a", ["staged", 2, 7, 14, 32, 4], "'staged' and 7"),
+    ("fire bf16 a", ["staged", 2, 7, 14, 32, 4, 0, 0], "'staged' and 4"),
+    ("stem bf16 a", ["staged", 64, 64, 8, 0], "7 ints"),
+    ("separable bf16 a", ["split", 2, 64, 128, 32, 8, 0, 1], "null, 'aten', 7 ints or 'staged' and 7, got"),
 ]
 
 
@@ -164,6 +187,8 @@ def test_a_table_that_ships(arch):
             problem, form = problem.after_expand, form.tile
         if isinstance(form, configs.BlockTile):
             assert form in configs.TABLES[problem.op][arch][configs.kind(problem)], name
+        elif form not in (None, configs.ATEN):
+            assert form in configs.staged(problem, arch), name
 
 
 def test_tables_ship_in_a_wheel(tmp_path, monkeypatch):

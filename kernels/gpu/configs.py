@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
@@ -142,8 +142,8 @@ def _strips(*rows: tuple[int, int, int, int]) -> tuple[DepthwiseTile, ...]:
 class StagedTile:
     """Output rows in strips of `run`, by columns; `depth` channels of the region that they read in shared memory at a time (`staged`).
 
-    spare: a channel of the expansion is left over for its bias, where that doubles what it is padded to. registers: at most, of a thread;
-    0 for as many as it takes.
+    spare: a channel of the expansion is left over for its bias, where that doubles what it is padded to. registers: of a thread, at most;
+    0: as many as it takes.
     """
 
     strips: int
@@ -180,7 +180,7 @@ SIDE = 16  # of the region of a fire whose squeezed tile is staged: 256 pixels, 
 
 @dataclass(frozen=True)
 class StagedFireTile:
-    """A fire's results by blocks of `channels`, its squeezed tile in shared memory, from depth_in input channels at a time (`staged_fire`)."""
+    """A fire's results by blocks of `channels`, its squeezed tile in shared memory (`staged_fire`); x by depth_in channels at a time."""
 
     channels: int
     depth_in: int
@@ -212,8 +212,10 @@ def text(form: Form) -> str:
     """The form as reports and tables on the screen name it."""
     if isinstance(form, Split):
         return f"split {text(form.tile)}"
-    if isinstance(form, (StagedTile, StagedFireTile)):
-        return f"staged {'x'.join(str(int(number)) for number in astuple(form))}"
+    if isinstance(form, StagedTile):
+        return f"staged {form.strips * form.run}x{form.columns}x{form.depth}"
+    if isinstance(form, StagedFireTile):
+        return f"staged {form.channels}"
     return "in parts" if form is None else "through cuDNN" if form == ATEN else "x".join(map(str, form.constants.values()))
 
 
@@ -524,8 +526,8 @@ TABLES = {
 }  # fmt: skip
 
 
-# The tiles of `staged`, by the depthwise kernel's size and stride. Columns are 14 or 7, which divide the networks' images. None for 5x5: its
-# halo makes the expansion 1.8 times the work, and on an H100 V3's blocks took 1.5 to 2.9 times as long as in parts.
+# The tiles of `staged`, by the depthwise kernel's size and stride. Columns are 14 or 7, which divide the networks' images. None for 5x5:
+# its halo makes the expansion 1.8 times the work, and on an H100 V3's blocks took 1.5 to 2.9 times as long as in parts.
 STAGED = {
     (3, 1): (
         StagedTile(2, 7, 14, 32, 4), StagedTile(2, 7, 14, 32, 4, 168), StagedTile(2, 7, 14, 64, 8), StagedTile(2, 7, 14, 64, 8, 128),
@@ -543,13 +545,11 @@ STAGED_SHARED = 224 * 1024  # bytes of shared memory that a program may take, of
 
 @functools.lru_cache(maxsize=4096)
 def staged(problem: Problem, arch: str) -> tuple[StagedTile | StagedFireTile, ...]:
-    """The tiles of `staged` and `staged_fire` that the problem can run with: none but on Hopper, in 16 bits, with channels in 16-byte loads."""
+    """Tiles of `staged` and `staged_fire` that the problem can run with: only on Hopper, in 16 bits, with channels in 16-byte loads."""
     if arch != "sm_90" or problem.op not in STAGED_OPS or not problem.half or problem.narrow or problem.stride[0] != problem.stride[1]:
         return ()
     if problem.op == "fire":
-        return tuple(
-            tile for tile in STAGED_FIRE if tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED
-        )
+        return tuple(tile for tile in STAGED_FIRE if _holds_fire(problem, tile))
     return tuple(tile for tile in STAGED.get((problem.kernel, problem.stride[0]), ()) if _holds(problem, tile))
 
 
@@ -561,6 +561,12 @@ def _holds(problem: Problem, tile: StagedTile) -> bool:
     channels = padded(problem.out_channels) if projects else 0
     accumulators = tile.slots(problem) * channels // (32 * tile.num_warps)
     return accumulators <= min(128, (tile.registers or 255) - 96) and channels <= 256 and shared_bytes(problem, tile) <= STAGED_SHARED
+
+
+def _holds_fire(problem: Problem, tile: StagedFireTile) -> bool:
+    """As `_holds`; a window of more than 32 squeezed channels needs the registers of eight warps, uncapped."""
+    few = padded(problem.between) <= 32 or (tile.num_warps == 8 and not tile.registers)
+    return few and tile.channels <= padded(problem.out_channels) and shared_bytes(problem, tile) <= STAGED_SHARED
 
 
 def padded(channels: int) -> int:

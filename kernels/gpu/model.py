@@ -169,7 +169,7 @@ def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
 
 
 def staged_work(problem: Problem, tile: StagedTile) -> Work:
-    """Of the block with its region in shared memory, whose bytes count as the L1 cache's: written once, read once a column of the window."""
+    """Of the block with its region in shared memory, whose bytes count as L1's: written once, read once a column of the window."""
     c, e, k = problem.in_channels, problem.between or problem.in_channels, problem.kernel
     tiles, pixels, lanes = tile.tiles(problem.height, problem.width), tile.pixels(problem), tile.lanes(problem)
     across = _up(e, tile.depth) * tile.depth
@@ -212,8 +212,10 @@ def staged_warps(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
     return max(1, programs) * tile.num_warps
 
 
-def resident_warps(problem: Problem, tile: BlockTile) -> int:
+def resident_warps(problem: Problem, tile: BlockTile | StagedTile | StagedFireTile) -> int:
     """Warps of a multiprocessor that the registers leave room for, by the values a thread must hold."""
+    if isinstance(tile, (StagedTile, StagedFireTile)):
+        return staged_warps(problem, tile)
     held = tile.run * tile.lanes * tile.channels * (2 if problem.op.startswith("fire") else 1)
     held += (tile.run + 2) * tile.lanes * tile.depth
     registers = min(255, 48 + held // (32 * tile.num_warps))
@@ -247,9 +249,8 @@ def best(problem: Problem, arch: str) -> BlockTile | StagedTile:
 
 
 def fused_seconds(problem: Problem, tile: BlockTile | StagedTile, arch: str) -> float:
-    staged = isinstance(tile, (StagedTile, StagedFireTile))
-    warps = staged_warps(problem, tile) if staged else resident_warps(problem, tile)
-    return seconds(work(problem, tile), arch, problem.dtype, warps) * FITTED["staged " + problem.op if staged else "marched"]
+    kind = f"staged {problem.op}" if isinstance(tile, (StagedTile, StagedFireTile)) else "marched"
+    return seconds(work(problem, tile), arch, problem.dtype, resident_warps(problem, tile)) * FITTED[kind]
 
 
 def _pointwise(problem: Problem, pixels: int, c: int, o: int) -> Work:

@@ -83,7 +83,8 @@ def row_start(row, strips, period, extra, wide_columns):
 
 @gluon.jit
 def pixel_of(
-    p, STRIPS: gl.constexpr, PERIOD: gl.constexpr, EXTRA: gl.constexpr, ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr, STRIDE_W: gl.constexpr
+    p, STRIPS: gl.constexpr, PERIOD: gl.constexpr, EXTRA: gl.constexpr, ROWS: gl.constexpr, WIDE_COLUMNS: gl.constexpr,
+    STRIDE_W: gl.constexpr,
 ):  # fmt: skip
     """(row, column) in the region of its p-th pixel, and whether there is one. The first EXTRA residues have a row beyond the strips."""
     phase = p // (ROWS * WIDE_COLUMNS)

@@ -29,7 +29,7 @@ def window_operand(region, START: gl.constexpr, dtype: gl.constexpr, PIXELS: gl.
 
 @gluon.jit
 def expand(
-    region, weights_shared, w_ptr, bias_ptr, y_image, pixel, valid, first, O, E, stride_y, offset_y,
+    region, weights_shared, w_ptr, bias_ptr, y_image, pixel, valid, first, O, E, stride_y, offset_y,  # noqa: E741
     TAPS: gl.constexpr, dtype: gl.constexpr, SIDE: gl.constexpr, PIXELS: gl.constexpr, CHANNELS: gl.constexpr, BETWEEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip

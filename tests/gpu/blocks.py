@@ -94,11 +94,21 @@ def check_separable(dtype, device, case, channels_last, tile=None):
     y.holds(x, launcher("separable")(x, wd, bd, wp, bp, stride, padding, between, activation, residual, tile))
 
 
+def staged(tile, op, x, depthwise_weight, out_channels, stride, padding):
+    """Whether the expanded values pass through shared memory, in x's dtype; elsewhere they stay in fp32. tile: None for the one chosen."""
+    from fastconv.kernels.gpu import configs, inverted_residual, launch
+
+    problem = inverted_residual.problem(op, x, depthwise_weight, out_channels, stride, padding)
+    return isinstance(tile or configs.config(problem, launch.arch(x.device)), configs.StagedTile)
+
+
 def check_inverted_residual(dtype, device, case, channels_last, tile=None):
     n, c, e, o, h, w, k, stride, padding, activations, with_bias, with_residual = case
     x = randn((n, c, h, w), dtype, device, channels_last)
     we, be, wd, bd, wp, bp = _weights(dtype, device, with_bias, (e, c, 1, 1), (e, 1, k, k), (o, e, 1, 1))
     d = Bounded.exact(x).conv(we, be).activate(activations[0])
+    if staged(tile, "inverted_residual", x, wd, o, stride, padding):
+        d = d.rounded(dtype)
     y = d.conv(wd, bd, stride, padding, e).activate(activations[1]).rounded(dtype).conv(wp, bp)
     residual = randn(y.value.shape, dtype, device, channels_last) if with_residual else None
     y = y.plus(residual).activate(activations[2])

@@ -233,7 +233,7 @@ def name(job: dict) -> str:
 
 
 def aligned(job: dict) -> bool:
-    return next((value for key, value in job["constants"].items() if key.startswith("ALIGN")), 8) == 8
+    return next((value for key, value in job["constants"].items() if key.startswith("ALIGN")), 8) >= 8
 
 
 def compile_job(job: dict) -> dict:
@@ -256,7 +256,7 @@ def compile_job(job: dict) -> dict:
         else:
             signature[argument] = "i32"
     if job["op"].startswith("staged"):
-        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # noqa: N813
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constexprs=job["constants"], attrs=aligned)
     if job["arch"] == "gfx942":
         return _amd(triton.compile(source, target=GPUTarget("hip", job["arch"], 64), options=job["options"]))

@@ -1,6 +1,7 @@
 """The kernels on the GPU: test_interpreter.py's checks, the registered operators, tensors past 2^31 elements, and memcheck."""
 
 import copy
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -27,6 +28,97 @@ class TestDevice(cases.Checks, blocks.BlockChecks):
     def dtype(self, request, setting):
         setting(torch.backends.cuda.matmul, "fp32_precision", "ieee")
         return request.param
+
+
+# Images that no tile divides, channels that no chunk does; as `blocks` lists cases.
+STAGED = {
+    "separable": [
+        (2, 40, 24, 23, 31, 3, (1, 1), (1, 1), "relu6", "relu", True, False),
+        (2, 48, 48, 30, 15, 3, (1, 1), (1, 1), "hardswish", None, False, True),
+        (2, 40, 72, 23, 31, 3, (2, 2), (1, 1), "relu6", "relu6", True, False),
+    ],
+    "inverted_residual": [
+        (2, 24, 136, 24, 23, 31, 3, (1, 1), (1, 1), ("relu6", "relu6", None), True, True),
+        (2, 32, 96, 40, 15, 17, 3, (1, 1), (1, 1), ("hardswish", "silu", "relu"), False, False),
+        (2, 16, 96, 24, 29, 31, 3, (2, 2), (1, 1), ("relu", "hardsigmoid", None), True, False),
+        (2, 40, 72, 64, 29, 15, 3, (2, 2), (0, 0), (None, "relu6", None), True, False),
+    ],
+    "fire": [(2, 96, 16, 64, 64, 23, 31, True), (2, 64, 32, 72, 136, 13, 13, False), (1, 200, 48, 96, 64, 15, 27, True)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, cases in STAGED.items() for case in cases], ids=str)
+def test_staged_tiles(op, case, dtype, monkeypatch):
+    """Each tile in shared memory that can hold the problem, wide offsets too; and those of an expand that stops after depthwise."""
+    tiles = staged_tiles(op, case, dtype)
+    if not tiles:
+        pytest.skip("none on this GPU")
+    cases.sentinel(monkeypatch)
+    for tile in tiles:
+        blocks.CHECKS[op](dtype, "cuda", case, True, tile)
+    monkeypatch.setattr("fastconv.kernels.gpu.launch.INT32_MAX", 0)
+    blocks.CHECKS[op](dtype, "cuda", case, True, tiles[0])
+
+
+def staged_tiles(op, case, dtype, **changes):
+    from fastconv.kernels.gpu import configs, launch
+
+    kind, arch = launch.DTYPES[dtype], launch.arch(torch.device("cuda", 0))
+    if op == "fire":
+        _, c, between, o1, o3, *size, _ = case
+        problem = configs.Problem("fire", kind, *size, c, max(o1, o3), 3, (1, 1), (1, 1), between)
+    else:
+        _, c, *between, o, h, w, kernel, stride, padding = case[: 9 if op == "inverted_residual" else 8]
+        out = launch.window((h, w), kernel, stride, padding)
+        problem = configs.Problem(op, kind, *out, c, o, kernel, stride, padding, *(between or [0]), (h, w))
+    return configs.staged(dataclasses.replace(problem, **changes), arch)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_staged_sums(stride):
+    """An expand and depthwise whose tiles leave the sums for squeeze-excitation."""
+    case = (3, 24, 136, 136, 23, 31, 3, (stride, stride), (1, 1))
+    tiles = staged_tiles("inverted_residual", case, torch.bfloat16, op="expand_depthwise")
+    if not tiles:
+        pytest.skip("none on this GPU")
+    from fastconv.kernels.gpu.inverted_residual import expand_depthwise
+
+    x = torch.randn(3, 24, 23, 31, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(136, 24, 1, 1), torch.randn(136), torch.randn(136, 1, 3, 3), torch.randn(136)]
+    weights = [weight.to("cuda", torch.bfloat16) / 3 for weight in weights]
+    wanted = reference.pointwise(x.double(), *(weight.double() for weight in weights[:2]), activation="relu6")
+    wanted = reference.depthwise(wanted, *(weight.double() for weight in weights[2:]), (stride, stride), (1, 1), "relu6")
+    for tile in tiles:
+        y, sums = expand_depthwise(x, *weights, (stride, stride), (1, 1), "relu6", "relu6", tile)
+        assert ((y.double() - wanted).norm() / wanted.norm()).item() < 8e-3
+        total = wanted.sum((2, 3))
+        assert ((sums.sum((2, 3)).double() - total).norm() / total.norm()).item() < 8e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("op", ["separable", "inverted_residual", "fire"])
+def test_what_is_not_finite_stays_in_its_windows_of_a_staged_tile(op, value):
+    case = STAGED[op][0]
+    tiles = staged_tiles(op, case, torch.bfloat16)
+    if not tiles:
+        pytest.skip("none on this GPU")
+    c, (h, w) = case[1], (23, 31)
+    x = torch.rand(1, c, h, w, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    shapes = {
+        "separable": [(c, 1, 3, 3), (24, c, 1, 1)],
+        "inverted_residual": [(136, c, 1, 1), (136, 1, 3, 3), (24, 136, 1, 1)],
+        "fire": [(16, c, 1, 1), (64, 16, 1, 1), (64, 16, 3, 3)],
+    }[op]
+    weights = []
+    for shape in shapes:
+        weights += [torch.rand(shape, device="cuda", dtype=torch.bfloat16), torch.rand(shape[:1], device="cuda", dtype=torch.bfloat16)]
+    extra = {"separable": ((1, 1), (1, 1), None, None), "inverted_residual": (None, (1, 1), (1, 1), None, None, None), "fire": ()}[op]
+    x[0, 5, 13, 14] = value  # at the edge of a tile
+    for tile in tiles:
+        y = cases.launcher(op)(x, *weights, *extra, **({"residual": None, "tile": tile} if op == "separable" else {"tile": tile}))
+        found = (~y.isfinite()).nonzero()
+        assert set(map(tuple, found[:, 2:].tolist())) == {(i, j) for i in (12, 13, 14) for j in (13, 14, 15)}
 
 
 ARGUMENTS = {

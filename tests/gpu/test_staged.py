@@ -1,5 +1,5 @@
-"""The kernels for Hopper whose tiles lie in shared memory. Gluon has no interpreter: here is what can be checked without a GPU, the order of
-the pixels and which problems take a tile; test_compile.py compiles them, test_device.py runs them."""
+"""The kernels for Hopper whose tiles lie in shared memory. Gluon has no interpreter: here is what can be checked without a GPU, the order
+of the pixels and which problems take a tile; test_compile.py compiles them, test_device.py runs them."""
 
 import types
 
