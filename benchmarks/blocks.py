@@ -113,6 +113,7 @@ class Case:
             global_avg_pool,
             head,
             inverted_residual,
+            max_pool,
             pointwise,
             separable,
             stem,
@@ -143,7 +144,7 @@ class Case:
         if p.op == "fire_pool":
             if fused:
                 return fire_pool.fire_pool(x, *w, p.stride, p.padding, (p.height, p.width), tile)
-            return self._pool(fire_expand.fire_expand(x, *w))
+            return max_pool.max_pool(fire_expand.fire_expand(x, *w), p.stride, p.padding, ceil_mode=True)
         if p.op == "stem":
             return stem.stem(x, *w, *geometry, act, tile) if fused else self.plain()
         return head.head(x, *w, act, tile) if fused else global_avg_pool.global_avg_pool(pointwise.pointwise(x, *w, None, act))
