@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastconv import reference
 from fastconv.benchmarks import layers
 from fastconv.kernels.gpu import model
-from fastconv.kernels.gpu.configs import BlockTile, Problem, text
+from fastconv.kernels.gpu.configs import Problem, Tile, text
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "tf32": torch.float32}
 # the fires that a 3x3 max-pool with stride 2 and ceil_mode follows, and the size it makes
@@ -104,7 +104,7 @@ class Case:
         depth = shape[1] * shape[2] * shape[3]
         return kernel_order((self._randn(*shape) * depth**-0.5).to(self.dtype))
 
-    def _run(self, fused: bool, tile: BlockTile | None = None):
+    def _run(self, fused: bool, tile: Tile | None = None):
         from fastconv.kernels.gpu import (
             depthwise,
             fire,
@@ -152,10 +152,10 @@ class Case:
     def _pool(self, y: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(y, 3, self.problem.stride, self.problem.padding, ceil_mode=True)
 
-    def fused(self, tile: BlockTile | None = None):
+    def fused(self, tile: Tile | None = None):
         return self._run(True, tile)
 
-    def split(self, tile: BlockTile | None = None):
+    def split(self, tile: Tile | None = None):
         """The expand, then the rest as one kernel; tile: of the second."""
         from fastconv.kernels.gpu import pointwise, separable
 

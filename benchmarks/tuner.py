@@ -12,12 +12,12 @@ import torch
 
 from fastconv.benchmarks import blocks
 from fastconv.kernels.gpu import model, tuned
-from fastconv.kernels.gpu.configs import ATEN, BLOCKS, BlockTile, Form, Problem, Split, text
+from fastconv.kernels.gpu.configs import ATEN, BLOCKS, Form, Problem, Split, Tile, text
 
 WARM = 0.4  # of the time, at most, to compile kernels ahead in several processes
 
 
-def worth_trying(problem: Problem, arch: str) -> list[BlockTile]:
+def worth_trying(problem: Problem, arch: str) -> list[Tile]:
     """The shipped tiles that the model holds at most three times as slow as its best, best first."""
     times = {tile: model.fused_seconds(problem, tile, arch) for tile in model.candidates(problem, arch)}
     return [tile for tile in sorted(times, key=times.get) if times[tile] <= 3 * min(times.values())]
@@ -35,7 +35,7 @@ def forms(problem: Problem, arch: str) -> list[Form]:
 
 def run_of(case: blocks.Case, form: Form) -> Callable[[], object]:
     """The case's block in that form."""
-    if isinstance(form, BlockTile):
+    if isinstance(form, Tile):
         return lambda: case.fused(form)
     if isinstance(form, Split):
         return lambda: case.split(form.tile)
@@ -70,7 +70,7 @@ def measure(dtype: str, batch: int, seconds: float, say: Callable[[str], None], 
             name = tuned.key(block.problem)
             table["choices"][name] = tuned.row(best)
             table["microseconds"][name] = {
-                "fused": min(us for form, us in times.items() if isinstance(form, BlockTile)),
+                "fused": min(us for form, us in times.items() if isinstance(form, Tile)),
                 "split": min((us for form, us in times.items() if isinstance(form, Split)), default=None),
                 "parts": times[None],
                 "cuDNN": times.get(ATEN),

@@ -23,7 +23,7 @@ import torch
 
 from fastconv.benchmarks import blocks, tuner
 from fastconv.kernels.gpu import configs
-from fastconv.kernels.gpu.configs import ATEN, BlockTile, Form, Problem, Split
+from fastconv.kernels.gpu.configs import ATEN, Form, Problem, Split, StagedFireTile, StagedTile, Tile
 
 MOST = 15  # processes; each has a CUDA context of half a gigabyte
 BATCH = 2
@@ -169,7 +169,7 @@ def _pointwise(arch: str, dtype: str, size: tuple[int, int], c: int, o: int, act
 
 
 def _depthwise(arch: str, dtype: str, size: tuple[int, int], c: int, k: int, stride: tuple[int, int], activation: str | None) -> tuple:
-    tile = configs.config(Problem("depthwise", _plain(dtype), *size, c, c), arch)
+    tile = configs.config(Problem("depthwise", _plain(dtype), *size, c, c, k, stride), arch)
     return ("depthwise", _plain(dtype), tile, _align(c), k, stride, activation)
 
 
@@ -177,7 +177,13 @@ def _fire_expand(arch: str, dtype: str, size: tuple[int, int], c: int, o: int) -
     return ("fire_expand", dtype, configs.config(Problem("fire_expand", dtype, *size, c, o), arch), _align(c, o))
 
 
-def _fused(p: Problem, tile: BlockTile, activations: tuple[str | None, ...], residual: bool) -> tuple:
+def _fused(p: Problem, tile: Tile, activations: tuple[str | None, ...], residual: bool) -> tuple:
+    if isinstance(tile, StagedTile):
+        padded = (tile.depth_in(p.in_channels), configs.padded(p.out_channels), p.in_channels == tile.depth_in(p.in_channels))
+        taps = (p.kernel, p.stride, (p.between or p.in_channels) % tile.depth == 0)
+        return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), padded, taps, activations, residual)
+    if isinstance(tile, StagedFireTile):
+        return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), configs.padded(p.between))
     steps = 1 if p.in_channels <= tile.depth_in else 2
     taps = (p.kernel, p.stride, (p.in_channels, p.padding, p.size) if p.op == "stem" else None)
     return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), steps, taps, activations, residual)
@@ -191,7 +197,7 @@ def compiles(block: blocks.Block, form: Form, arch: str) -> frozenset[tuple]:
     between, last = ("relu6", act) if p.op == "separable" else (act, None)
     expand = _pointwise(arch, p.dtype, p.size, c, e, act) if e else None
     mean = ("global_avg_pool", _plain(p.dtype), _align(o))
-    if isinstance(form, BlockTile):
+    if isinstance(form, Tile):
         own = _fused(p, form, (act, between, last), residual)
         return frozenset([own, ("global_avg_pool of sums", *mean)] if p.op == "expand_depthwise" else [own])
     if isinstance(form, Split):
@@ -243,10 +249,13 @@ def of_layers(dtype_name: str, arch: str, ops: tuple[str, ...]) -> list[Job]:
             elif op == "fire_expand":
                 kernel = _fire_expand(arch, dtype, size, c, out // 2)
             elif op == gpu.GRADIENTS[1]:
-                tile = configs.config(Problem(op, _plain(dtype), *size, c, c, k), arch)
+                tile = configs.config(Problem(op, _plain(dtype), *size, c, c, k, (stride, stride)), arch)
                 kernel = (op, _plain(dtype), tile, _align(c), k, stride)
-            elif op == gpu.GRADIENTS[0]:  # at stride 1 the forward kernel, without a bias
+            elif op == gpu.GRADIENTS[0] and stride == 1:  # the forward kernel, without a bias
                 kernel = ("input's gradient", *_depthwise(arch, dtype, (height, width), *geometry, None))
+            elif op == gpu.GRADIENTS[0]:
+                tile = configs.config(Problem(op, _plain(dtype), height, width, c, c, k, (stride, stride)), arch)
+                kernel = (op, _plain(dtype), tile, _align(c), k, stride)
             else:
                 kernel = _depthwise(arch, dtype, size, *geometry, "relu6")
             name = f"{op} {' '.join(map(str, shape))} {dtype_name}"

@@ -11,7 +11,7 @@ from . import fire_pool as fire_pools
 from . import head as heads
 from . import inverted_residual as inverted_residuals
 from . import separable as separables
-from .configs import ATEN, BlockTile, Problem, Split, choice, text
+from .configs import ATEN, Problem, Split, Tile, choice, text
 from .depthwise import depthwise
 from .fire_expand import fire_expand
 from .global_avg_pool import global_avg_pool
@@ -22,7 +22,7 @@ from .squeeze_excite import squeeze_excite
 _last = threading.local()
 
 
-def chosen(problem: Problem, x: torch.Tensor) -> tuple[BlockTile | Split | None, tuple[Callable, Callable, Callable]]:
+def chosen(problem: Problem, x: torch.Tensor) -> tuple[Tile | Split | None, tuple[Callable, Callable, Callable]]:
     """(the tile of the one kernel, `Split` or None; depthwise, pointwise and fire_expand for a block in parts)."""
     form = choice(problem, launch.arch(x.device))
     _last.form = text(form)
@@ -75,7 +75,7 @@ def inverted_residual(
         )
     whole = inverted_residuals.problem("inverted_residual", x, depthwise_weight, project_weight.shape[0], stride, padding)
     form, (depthwise, pointwise, _) = chosen(whole, x)
-    if isinstance(form, BlockTile):
+    if isinstance(form, Tile):
         return inverted_residuals.inverted_residual(
             *halves, project_weight, project_bias, residual, stride, padding, expand_activation, depthwise_activation, activation, form
         )

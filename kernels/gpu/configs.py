@@ -204,8 +204,10 @@ class Split:
     tile: BlockTile | StagedTile
 
 
+# Of a block as one kernel.
+Tile = BlockTile | StagedTile | StagedFireTile
 # How a block runs: as one kernel with this tile, as two, None for one kernel per layer, or ATEN.
-Form = BlockTile | StagedTile | StagedFireTile | Split | str | None
+Form = Tile | Split | str | None
 
 
 def text(form: Form) -> str:
@@ -600,7 +602,7 @@ def config(problem: Problem, arch: str) -> DepthwiseTile | InputTile | PoolTile 
         from . import model
 
         form = choice(problem, arch)
-        return form if isinstance(form, (BlockTile, StagedTile, StagedFireTile)) else model.best(problem, arch)
+        return form if isinstance(form, Tile) else model.best(problem, arch)
     # Without 16-byte loads an address per element fills the registers, and large tiles spill.
     narrow_loads = problem.in_channels % (8 if problem.half else 4) != 0
     if problem.op.startswith("depthwise"):

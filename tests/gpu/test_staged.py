@@ -23,7 +23,11 @@ def staged(monkeypatch):
 
 
 # geometries beyond the table's: other kernels, strides and tiles must come out right, too
-OTHERS = [((5, 1), configs.StagedTile(2, 6, 12, 32, 4)), ((5, 2), configs.StagedTile(3, 2, 6, 32, 4)), ((3, 1), configs.StagedTile(1, 5, 9, 32, 4))]
+OTHERS = [
+    ((5, 1), configs.StagedTile(2, 6, 12, 32, 4)),
+    ((5, 2), configs.StagedTile(3, 2, 6, 32, 4)),
+    ((3, 1), configs.StagedTile(1, 5, 9, 32, 4)),
+]
 
 
 @pytest.mark.parametrize(("geometry", "tile"), TILES + OTHERS, ids=str)
