@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 
 # Kernels that one call launches at 224 x 224 in bf16 on sm_90, whatever the batch: ours, and torch's (the classifier's layers).
 KERNELS = {
-    "mobilenet_v1": (23, 1),
-    "mobilenet_v2": (37, 1),
-    "mobilenet_v3_small": (59, 3),
-    "mobilenet_v3_large": (64, 3),
+    "mobilenet_v1": (28, 1),
+    "mobilenet_v2": (26, 1),
+    "mobilenet_v3_small": (58, 3),
+    "mobilenet_v3_large": (65, 3),
     "squeezenet1_0": (22, 0),
     "squeezenet1_1": (22, 0),
 }
@@ -190,7 +190,7 @@ if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
         for job in kept:
             job.run(device="cpu")
         assert len(kept) < len(jobs)
-        assert driver.Kernel.count - count > 0.9 * len(kept)
+        assert driver.Kernel.count - count > 0.85 * len(kept)
         count = driver.Kernel.count
         for job in jobs:
             if job not in kept:
