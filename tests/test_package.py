@@ -157,6 +157,20 @@ def test_the_public_names_do_not_depend_on_what_was_imported_first(first):
     assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
+def test_importing_it_imports_neither_torchs_compiler_nor_triton():
+    """Which would take ten times as long as fastconv itself; nor does a first result need them."""
+    script = """
+import sys, torch, fastconv
+loaded = {"torch._dynamo", "triton", "sympy"} & set(sys.modules)
+fast = fastconv.optimize(fastconv.models.squeezenet1_1())
+with torch.no_grad():
+    fast(torch.randn(1, 3, 64, 64))
+print(loaded or {"torch._dynamo", "triton", "sympy"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 def test_an_extension_of_other_sources_is_refused_with_a_reason():
     code = """
 import sys, types

@@ -32,7 +32,7 @@ inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
   for (int64_t kh = 0; kh < op.kernel_h; ++kh) {
     const int64_t ih = oh * op.stride_h - op.pad_h + kh;
     float* const rows = buffer + kh * C * width;
-    if (ih < 0 || ih >= op.height) {
+    if (ih < 0 || ih >= op.height || last == first) {  // an image of no columns has no address either
       std::memset(rows, 0, C * width * sizeof(float));
       continue;
     }

@@ -229,7 +229,7 @@ def call(op, device):
     return lambda x: run(x, *w, "relu")
 
 
-SLOW_IN_THE_INTERPRETER = ("separable", "fire", "fire_pool")  # to try with every tile
+SLOW_IN_THE_INTERPRETER = ("separable", "inverted_residual", "fire", "fire_pool")  # to try with every tile
 
 
 class BlockChecks:

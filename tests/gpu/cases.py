@@ -160,9 +160,9 @@ def check_splits(device, monkeypatch):
     """The weight's sums over one program, over several, and over more than there are tiles."""
     from fastconv.kernels.gpu import depthwise_backward
 
-    for programs in (1, 3, 40, 500):
+    for programs in (1, 3, 500):
         monkeypatch.setattr(depthwise_backward, "PROGRAMS", programs)
-        check_depthwise_gradients(torch.float32, device, (5, 24, 9, 11, 3, (1, 1), (1, 1)), True)
+        check_depthwise_gradients(torch.float32, device, (5, 24, 7, 9, 3, (1, 1), (1, 1)), True)
         check_depthwise_gradients(torch.float32, device, (2, 3, 13, 9, 5, (2, 2), (2, 2)), True)
 
 
@@ -321,19 +321,27 @@ def check_batch_invariance(dtype, device):
     assert torch.equal(expand(x, w1, None, w3, None)[2:], expand(x[2:].contiguous(memory_format=torch.channels_last), w1, None, w3, None))
 
 
+def layouts(cases):
+    """Each case in channels_last, and in NCHW, which the launchers copy: two of those, the others with `-m slow` (or on a GPU)."""
+    found = []
+    for i, case in enumerate(cases):
+        for name, channels_last in (("channels_last", True), ("nchw", False)):
+            marks = [pytest.mark.slow] if not channels_last and i not in (2, 3) else []
+            found.append(pytest.param(case, channels_last, id=f"{case}-{name}", marks=marks))
+    return found
+
+
 class Checks:
     """The tests themselves, for a subclass that says where (`device`) and has a fixture `dtype`."""
 
     device: str
 
-    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-    @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+    @pytest.mark.parametrize(("case", "channels_last"), layouts(DEPTHWISE))
     def test_depthwise(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
         check_depthwise(dtype, self.device, case, channels_last)
 
-    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-    @pytest.mark.parametrize("case", GRADIENTS, ids=str)
+    @pytest.mark.parametrize(("case", "channels_last"), layouts(GRADIENTS))
     def test_depthwise_gradients(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
         check_depthwise_gradients(dtype, self.device, case, channels_last)
@@ -348,20 +356,17 @@ class Checks:
     def test_backward(self, op):
         check_backward(op, self.device)
 
-    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-    @pytest.mark.parametrize("case", POINTWISE, ids=str)
+    @pytest.mark.parametrize(("case", "channels_last"), layouts(POINTWISE))
     def test_pointwise(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
         check_pointwise(dtype, self.device, case, channels_last)
 
-    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-    @pytest.mark.parametrize("case", FIRE_EXPAND, ids=str)
+    @pytest.mark.parametrize(("case", "channels_last"), layouts(FIRE_EXPAND))
     def test_fire_expand(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
         check_fire_expand(dtype, self.device, case, channels_last)
 
-    @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
-    @pytest.mark.parametrize("case", MAX_POOL, ids=str)
+    @pytest.mark.parametrize(("case", "channels_last"), layouts(MAX_POOL))
     def test_max_pool(self, dtype, case, channels_last, monkeypatch):
         sentinel(monkeypatch)
         check_max_pool(dtype, self.device, case, channels_last)
