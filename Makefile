@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/gpu
 MINUTES ?= 8.5
 WORKERS ?= 2
+SHARE = $(shell share=$$(( $$(nproc) / $(WORKERS) )); echo $$(( share > 1 ? share : 1 )))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c requirements/constraints.txt
 EXTENSION := setup.py pyproject.toml fastconv/schemas.inc $(wildcard csrc/* kernels/cpu/*)
@@ -19,8 +20,9 @@ help:  ## this list
 demo: $(VENV)/.built  ## six networks on real photographs: logits and times beside eager torch (ARGS="--nets mobilenet_v2")
 	$(BIN)/fastconv demo $(ARGS)
 
+# The processes share the cores: with two threads each on two cores the run takes a sixth longer. Tests of teams name their thread counts.
 test: $(VENV)/.built  ## every test but the slow ones, in WORKERS=2 processes (ARGS="-k pointwise", ARGS="-m slow")
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$(SHARE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 exact:  ## 1.4 million cases of the kernels on integers, with no tolerance, between unmapped pages (ARGS="--list", "--op depthwise")
 	$(PYTHON) tests/core/programs.py exact $(ARGS)

@@ -294,7 +294,13 @@ CONVOLUTIONS = [
         "op.kernel_h, tap_row, op.x_row_stride}",
         "op.kernel_h - 1, tap_row, op.x_row_stride}",
     ),
-    core("stem.h", "exact avx2 stem", "reads rows above the image", "if (ih < 0 || ih >= op.height) {", "if (ih >= op.height) {"),
+    core(
+        "stem.h",
+        "exact avx2 stem",
+        "reads rows above the image",
+        "if (ih < 0 || ih >= op.height || last == first) {",
+        "if (ih >= op.height || last == first) {",
+    ),
     core(
         "stem.h",
         "exact avx2 stem",

@@ -268,9 +268,9 @@ def staged_kernel(
         for _ in gl.static_range(RUN):
             rows = rows + (first,)
         for kw in range(K):  # not unrolled: the taps of one column stay in registers
-            start = kw % STRIDE_W * (ROWS * WIDE_COLUMNS) + kw // STRIDE_W
+            phase = kw % STRIDE_W * (ROWS * WIDE_COLUMNS) + kw // STRIDE_W
             for row in gl.static_range((RUN - 1) * STRIDE_H + K):
-                x_row = window(region, start + row_start(row, STRIPS, PERIOD, EXTRA, WIDE_COLUMNS), dtype, LANES, DEPTH, MARCH)
+                x_row = window(region, phase + row_start(row, STRIPS, PERIOD, EXTRA, WIDE_COLUMNS), dtype, LANES, DEPTH, MARCH)
                 rows = depthwise_row(rows, x_row, taps_ptr, e, E, kw, row, K, STRIDE_H, RUN)
         if PROJECT:
             project_shared.store(project_tile)
