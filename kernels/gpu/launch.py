@@ -17,9 +17,10 @@ SHAPES = 4096  # launchers that an operation keeps
 
 @functools.cache
 def _arch(index: int) -> str:
+    """sm_90's tables hold kernels in Gluon with `wgmma`, which only Hopper has: sm_80's serve newer devices, and any Triton not known."""
     if torch.version.hip:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 else "sm_80"  # its kernels use wgmma, which only Hopper has
+    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 and _KNOWN else "sm_80"
 
 
 def arch(device: torch.device) -> str:
