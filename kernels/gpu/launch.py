@@ -117,7 +117,7 @@ class Launcher:
     """A kernel with all of its arguments but the tensors: `launcher(*tensors)` runs it. Made once for each shape, dtype and device.
 
     Triton compiles in the first call. Later ones hand the compiled kernel its arguments themselves: finding it anew by the types and
-    alignments of all arguments is most of what a launch costs. One variant is compiled for each pattern of tensors that are None
+    alignments of all arguments is most of what a launch costs. One variant is compiled for each dtype and pattern of tensors that are None
     or do not lie at a multiple of 16 bytes. Launch hooks (profilers) and releases of Triton that are not known take Triton's way.
 
     grid: the number of programs; numbers: the kernel's runtime arguments after its tensors; constants: by name, with compiler options.
@@ -133,7 +133,7 @@ class Launcher:
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        variant = tuple([pointer and pointer & 15 for pointer in pointers])
+        variant = (tensors[0].dtype, *[pointer and pointer & 15 for pointer in pointers])
         known = self.variants.get(variant)
         if known is None or _watched() or self.current.get_current_device() != self.device.index:
             self._through_triton(variant, tensors)

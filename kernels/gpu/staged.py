@@ -109,6 +109,8 @@ def activate(x, ACTIVATION: gl.constexpr):
         x = gl.minimum(gl.maximum(x + 3.0, 0.0, propagate_nan=NAN), 6.0, propagate_nan=NAN) * (1.0 / 6.0)
     elif ACTIVATION == "silu":
         x = x / (1.0 + gl.exp(-x))
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + gl.exp(-x))
     else:
         gl.static_assert(ACTIVATION is None, "unknown activation")
     return x
@@ -209,7 +211,9 @@ def staged_kernel(
         c_row = gl.arange(0, DEPTH_IN, layout=gl.SliceLayout(0, EXPAND_W))
         expand_tile = expand_weights(expand_ptr, expand_bias_ptr, e_row, c_row, C, E, SPARE)
         EXPANDED: gl.constexpr = product(PIXELS, DEPTH, WARPS)
-        if expand_bias_ptr is not None and not SPARE:
+        # outside the image: 0 by the product, unless a bias was added to it, or the activation of 0 is none
+        MASKED: gl.constexpr = (expand_bias_ptr is not None and not SPARE) or EXPAND_ACTIVATION == "hardsigmoid"
+        if MASKED:
             ih_e, iw_e, inside_e = pixel_of(
                 gl.arange(0, PIXELS, layout=gl.SliceLayout(1, EXPANDED)), STRIPS, PERIOD, EXTRA, ROWS, WIDE_COLUMNS, STRIDE_W
             )  # fmt: skip
@@ -236,7 +240,7 @@ def staged_kernel(
         y_image = y_ptr + n * OH * OW * E
         lane_valid = (lane // WIDE_COLUMNS < STRIPS) & (lane % WIDE_COLUMNS < COLUMNS) & (lane_w < OW)
 
-    # Loads run a chunk ahead; three barriers a chunk: weights, region and rows are written.
+    # Weights are loaded a chunk ahead (x without an expansion is not). A barrier after each of expand weights, region and rows is written.
     for e0 in range(0, E, DEPTH):
         if EXPAND:
             expand_shared.store(expand_tile)
@@ -249,10 +253,10 @@ def staged_kernel(
             else:
                 value = warpgroup_mma_wait(0, deps=[value])
             if expand_bias_ptr is not None and not SPARE:
-                bias = gl.load(expand_bias_ptr + e0 + e_column, mask=e0 + e_column < E, other=0.0).to(gl.float32)
-                value = gl.where(inside_e[:, None], activate(value + bias[None, :], EXPAND_ACTIVATION), 0.0)
-            else:
-                value = activate(value, EXPAND_ACTIVATION)
+                value += gl.load(expand_bias_ptr + e0 + e_column, mask=e0 + e_column < E, other=0.0).to(gl.float32)[None, :]
+            value = activate(value, EXPAND_ACTIVATION)
+            if MASKED:
+                value = gl.where(inside_e[:, None], value, 0.0)
             whole.store(value.to(dtype))
         else:
             if PROJECT:

@@ -71,7 +71,7 @@ def _table(arch: str, path: str | None) -> dict[str, list[int | str] | str | Non
         if table["arch"] != arch:
             return {}
         choices = table["choices"]
-        bad = [name for name, row in choices.items() if not _is_form(name, row)]
+        bad = [name for name, row in choices.items() if not _is_form(name, row, arch)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"FASTCONV_TUNED: {file} is no table of tiles ({type(problem).__name__}: {problem})") from problem
     if bad:
@@ -82,13 +82,13 @@ def _table(arch: str, path: str | None) -> dict[str, list[int | str] | str | Non
     return choices
 
 
-def _is_form(name: str, row: object) -> bool:
+def _is_form(name: str, row: object, arch: str) -> bool:
     if row is None or row == ATEN:
         return True
     if type(row) is list and row[:1] == [SPLIT] and _op(name) == "inverted_residual":
         row = row[1:]
     count = FIELDS[BlockTile]
-    if type(row) is list and row[:1] == [STAGED] and _op(name) in STAGED_OPS:
+    if type(row) is list and row[:1] == [STAGED] and _op(name) in STAGED_OPS and arch == "sm_90":
         row, count = row[1:], FIELDS[StagedFireTile if _op(name) == "fire" else StagedTile]
     return type(row) is list and len(row) == count and all(type(number) is int for number in row)
 

@@ -47,9 +47,11 @@ class Kernel:
     """In place of triton's CompiledKernel: what JITFunction.run uses of it. number: which compilation it came from."""
 
     count = 0
+    signatures: dict[int, dict] = {}  # by number: the arguments' types
 
     def __init__(self, source, options):
         Kernel.count += 1
+        Kernel.signatures[Kernel.count] = source.signature
         self.name, self.function, self.packed_metadata = source.fn.__name__, Kernel.count, (options["num_warps"], 1, 0)
         self.signature = source.signature
 

@@ -42,6 +42,8 @@ STAGED = {
         (2, 32, 96, 40, 15, 17, 3, (1, 1), (1, 1), ("hardswish", "silu", "relu"), False, False),
         (2, 16, 96, 24, 29, 31, 3, (2, 2), (1, 1), ("relu", "hardsigmoid", None), True, False),
         (2, 40, 72, 64, 29, 15, 3, (2, 2), (0, 0), (None, "relu6", None), True, False),
+        (2, 24, 96, 24, 15, 31, 3, (1, 1), (1, 1), ("hardsigmoid", "relu6", None), True, False),  # which is not 0 at 0
+        (2, 32, 96, 24, 15, 31, 3, (1, 1), (1, 1), ("hardsigmoid", "relu6", None), False, False),
     ],
     "fire": [(2, 96, 16, 64, 64, 23, 31, True), (2, 64, 32, 72, 136, 13, 13, False), (1, 200, 48, 96, 64, 15, 27, True)],
 }

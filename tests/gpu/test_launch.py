@@ -88,6 +88,23 @@ if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
                 assert now == then
                 assert type(now) is type(then)
 
+    @pytest.mark.parametrize("op", CALLS)
+    def test_a_kernel_runs_on_the_dtype_it_was_compiled_for(op):
+        """With the same shape and tile: a launcher that kept the first dtype's kernel read the second one's numbers as the first's."""
+        convert = torch.float32
+
+        def converted(*arguments):
+            found = launch_of(*(value.to(convert) if isinstance(value, torch.Tensor) else value for value in arguments))
+            return found
+
+        launch_of = getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)
+        for _ in range(2):
+            for convert, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                CALLS[op](converted, X)
+                kernel, arguments = driver.launches[-1]
+                types = driver.Kernel.signatures[arguments[4]]
+                assert types["x_ptr"] == f"*{name}", kernel
+
     def test_addresses_are_those_of_the_call():
         from fastconv.kernels.gpu.depthwise import depthwise
 
