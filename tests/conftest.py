@@ -16,6 +16,7 @@ OF_THE_SESSION = {"sdist": "wheel", "wheel": "wheel", "site": "wheel", "facts": 
 OF_A_FILE = {"alone", "damaged", "failing_memory", "guarded", "launches", "pair"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the tests' names
 def pytest_collection_modifyitems(items):
     """Under pytest-xdist (`make test`): groups that one worker runs. What takes minutes or much memory runs one after another."""
     for item in items:
