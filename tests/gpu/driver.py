@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 launches: list[tuple[str, tuple]] = []  # each kernel's name and the arguments of its run
+signatures: dict[int, dict] = {}  # the arguments' types of each kernel that was compiled, by its number
 
 
 class Driver:
@@ -47,11 +48,10 @@ class Kernel:
     """In place of triton's CompiledKernel: what JITFunction.run uses of it. number: which compilation it came from."""
 
     count = 0
-    signatures: dict[int, dict] = {}  # by number: the arguments' types
 
     def __init__(self, source, options):
         Kernel.count += 1
-        Kernel.signatures[Kernel.count] = source.signature
+        signatures[Kernel.count] = source.signature
         self.name, self.function, self.packed_metadata = source.fn.__name__, Kernel.count, (options["num_warps"], 1, 0)
         self.signature = source.signature
 

@@ -3,6 +3,7 @@
 Triton must take its driver for a GPU's, so the checks run in a child pytest on this same file.
 """
 
+import functools
 import importlib
 import os
 import subprocess
@@ -91,19 +92,16 @@ if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
     @pytest.mark.parametrize("op", CALLS)
     def test_a_kernel_runs_on_the_dtype_it_was_compiled_for(op):
         """With the same shape and tile: a launcher that kept the first dtype's kernel read the second one's numbers as the first's."""
-        convert = torch.float32
+        run = getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)
 
-        def converted(*arguments):
-            found = launch_of(*(value.to(convert) if isinstance(value, torch.Tensor) else value for value in arguments))
-            return found
+        def in_dtype(dtype, *arguments):
+            return run(*(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in arguments))
 
-        launch_of = getattr(importlib.import_module(f"fastconv.kernels.gpu.{op}"), op)
         for _ in range(2):
-            for convert, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                CALLS[op](converted, X)
+            for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                CALLS[op](functools.partial(in_dtype, dtype), X)
                 kernel, arguments = driver.launches[-1]
-                types = driver.Kernel.signatures[arguments[4]]
-                assert types["x_ptr"] == f"*{name}", kernel
+                assert driver.signatures[arguments[4]]["x_ptr"] == f"*{name}", kernel
 
     def test_addresses_are_those_of_the_call():
         from fastconv.kernels.gpu.depthwise import depthwise
