@@ -78,7 +78,8 @@ def _run(command: list[str], limit: float, log) -> int | str:
     """The command's exit status, or "stopped"; its output goes to the log and to ours."""
     print(f"$ {' '.join(command)}", flush=True)
     mark = log.tell()
-    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(command), start_new_session=True)
+    options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment(command), "start_new_session": True}
+    child = subprocess.Popen(command, **options, preexec_fn=_heeds_interrupts)
     try:
         status: int | str = child.wait(limit)
     except subprocess.TimeoutExpired:
@@ -91,6 +92,11 @@ def _run(command: list[str], limit: float, log) -> int | str:
     print(Path(log.name).read_text()[mark:], flush=True)
     log.seek(0, 2)
     return status
+
+
+def _heeds_interrupts() -> None:
+    """Before the command runs: where a shell runs us in the background, it would inherit that they are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(child: subprocess.Popen) -> None:
@@ -112,7 +118,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="time to spend in all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background: pytest would inherit it
     summary = run_all(commands(options.out), 60 * options.minutes, options.out)
     for row in summary:
         print(f"{row['part']:10s} {row['status']} in {row['seconds']} s")
