@@ -71,6 +71,10 @@ class Strips:
     lanes: int
     channels: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
+
     def tiles(self, height: int, width: int) -> int:
         """How many cover one image."""
         return -(-(-(-height // self.run) * width) // self.lanes)
@@ -82,10 +86,6 @@ class DepthwiseTile(Strips):
 
     num_warps: int
     num_stages: int = 1  # of no effect without a dot
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class BlockTile(Strips):
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels, "DEPTH": self.depth}
+        return super().constants | {"DEPTH": self.depth}
 
 
 def _strips(*rows: tuple[int, int, int, int]) -> tuple[DepthwiseTile, ...]:
@@ -226,10 +226,6 @@ class PoolTile(Strips):
     """Of a max-pool."""
 
     num_warps: int
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"RUN": self.run, "LANES": self.lanes, "CHANNELS": self.channels}
 
 
 Channelwise = TypeVar("Channelwise", InputTile, PoolTile, WeightTile)

@@ -327,14 +327,8 @@ def separable(
     x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, stride, padding, depthwise_activation, activation, residual, tile
 ) -> torch.Tensor:
     """As `separable.separable`, with a StagedTile; float16 or bfloat16."""
-    result, y = launch.outputs(
-        x, (x.shape[0], pointwise_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding))
-    )
-    if y.numel() == 0:
-        return result
     weights = (None, None, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
-    _run(x, weights, residual, y, None, stride, padding, (None, depthwise_activation, activation), tile)
-    return result if result is y else result.copy_(y)
+    return _projected(x, weights, residual, stride, padding, (None, depthwise_activation, activation), tile)
 
 
 def inverted_residual(
@@ -342,14 +336,8 @@ def inverted_residual(
     stride, padding, expand_activation, depthwise_activation, activation, tile,
 ) -> torch.Tensor:  # fmt: skip
     """As `inverted_residual.inverted_residual`, with a StagedTile; float16 or bfloat16."""
-    result, y = launch.outputs(
-        x, (x.shape[0], project_weight.shape[0], *launch.window(x.shape[2:], depthwise_weight.shape[2], stride, padding))
-    )
-    if y.numel() == 0:
-        return result
     weights = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
-    _run(x, weights, residual, y, None, stride, padding, (expand_activation, depthwise_activation, activation), tile)
-    return result if result is y else result.copy_(y)
+    return _projected(x, weights, residual, stride, padding, (expand_activation, depthwise_activation, activation), tile)
 
 
 def expand_depthwise(
@@ -364,6 +352,16 @@ def expand_depthwise(
         weights = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, None, None)
         _run(x, weights, None, y, sums, stride, padding, (expand_activation, depthwise_activation, None), tile)
     return y, sums
+
+
+def _projected(x, weights, residual, stride, padding, activations, tile) -> torch.Tensor:
+    """A block that ends in its projection, in the memory format of x; weights as `_run` takes them."""
+    taps, project = weights[2], weights[4]
+    result, y = launch.outputs(x, (x.shape[0], project.shape[0], *launch.window(x.shape[2:], taps.shape[2], stride, padding)))
+    if y.numel() == 0:
+        return result
+    _run(x, weights, residual, y, None, stride, padding, activations, tile)
+    return result if result is y else result.copy_(y)
 
 
 def _run(x, weights, residual, y, sums, stride, padding, activations, tile) -> None:
