@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/benchmark.h"
+#include "csrc/direct.h"
 #include "csrc/ops.h"
 #include "csrc/watch.h"
 #include "kernels/cpu/isa.h"
@@ -48,7 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled kernels";
   fastconv::choose_isa();
-  m.attr("interface") = 4;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
+  m.attr("interface") = 5;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
   m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
   m.def("set_isa", &fastconv::set_isa, py::arg("name"),
@@ -68,4 +69,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),
            py::arg("counted"), py::arg("addressed"), py::arg("children"))
       .def("unchanged", &fastconv::Watch::unchanged);
+  py::class_<fastconv::Direct>(m, "Direct", "Calls a module's operator where nothing stands in the way, else returns None.")
+      .def(py::init<py::object, py::object, py::tuple, py::list, py::list, py::list>(), py::arg("watch"), py::arg("op"),
+           py::arg("arguments"), py::arg("empty"), py::arg("fixed"), py::arg("off"))
+      .def("__call__", &fastconv::Direct::operator());
 }

@@ -139,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(stem_packed);
   KERNEL(network);
   KERNEL(program_run);
+  KERNEL(program_times);
   KERNEL(training_conv);
   KERNEL(training_activated);
   KERNEL(training_means);

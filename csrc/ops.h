@@ -39,7 +39,8 @@ Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints 
 // Whole networks (program.cpp): by their weights and text, or compiled once and called by number.
 Tensor network(Tensor x, std::vector<Tensor> weights, std::string program);
 int64_t program_new(std::vector<Tensor> weights, std::string program);
-Tensor program_run(Tensor x, int64_t program);
+Tensor program_run(Tensor x, int64_t program, bool flat);
+Tensor program_times(Tensor x, int64_t program);
 void program_free(int64_t program);
 
 // Training (training.cpp).

@@ -39,6 +39,7 @@ class MaxPoolStep : public Step {
     before_ = std::move(before);
     return true;
   }
+  int length() const override { return 1 + (before_ ? before_->length() : 0); }
   void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
     if (!before_) return pool(x, nullptr, out, parallel);
     const Shape in = before_->output(x.shape);

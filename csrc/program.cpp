@@ -7,6 +7,7 @@
 // system and takes them again, one page fault per 4 KiB (SqueezeNet 1.1's stem alone: 0.5 ms with its pages, 5.3 ms without).
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <iterator>
 #include <memory>
 #include <mutex>
@@ -114,6 +115,8 @@ StepPointer make_step(const std::string& op, Reader& r) {
 }
 
 class Program {
+  using Clock = std::vector<double>;  // microseconds of every step
+
  public:
   // Values count from 0, the input, and every step makes one of its own; residual -1: none.
   void add(StepPointer step, int64_t x, int64_t residual) {
@@ -130,30 +133,51 @@ class Program {
     place();
   }
 
-  // The last step's result is the caller's own, so it stands outside the arena.
-  Tensor run(const Tensor& x) {
+  // The last step's result is the caller's own, so it stands outside the arena. flat: (N, C) of (N, C, 1, 1). clock: gets the time of every
+  // step.
+  Tensor run(const Tensor& x, bool flat = false, Clock* clock = nullptr) {
     check_packed_image(first_op_, x);
     const int64_t batch = x.size(0);
     const Layout layout = plan({1, x.size(1), x.size(2), x.size(3)});
     const Shape& last = layout.shapes.back();
     const bool direct = !is_channels_last(x) && x.is_contiguous() && reads_nchw();
     const Image image(x, direct);
-    Result result(batch, last.c, last.h, last.w, x, Output::channels_last);
-    float* const out = result.data();
+    check(!flat || last.h * last.w == 1, "program", "only an output of one pixel can be flat, got ", last);
+    Tensor result = flat ? floats({batch, last.c}) : fastconv::empty({batch, last.c, last.h, last.w}, MemoryFormat::ChannelsLast);
+    advise_huge_pages(reinterpret_cast<uintptr_t>(result.mutable_data_ptr()), result.numel() * sizeof(float));
+    float* const out = static_cast<float*>(result.mutable_data_ptr());
     Lease arenas(*this);
     in_parallel(batch * layout.multiply_adds, [&](const Parallel& parallel) {
       const int64_t threads = parallel.threads();
       const int64_t whole = batch - batch % threads;
       const int64_t group = std::clamp<int64_t>(GROUP_FLOATS / layout.most_floats, 1, std::max<int64_t>(1, whole / (4 * threads)));
       arenas.resize(threads);
-      if (whole > 0)
+      if (whole > 0) {
+        std::vector<Clock> clocks(clock ? threads : 0, Clock(steps_.size()));
         parallel.pieces(whole, ceil_div(whole, group), [&](Range images, int64_t worker) {
           for (int64_t n = images.begin; n < images.end; n += group)
-            run_images(layout, image.data, direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{});
+            run_images(layout, image.data, direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{},
+                       clock ? &clocks[worker] : nullptr);
         });
-      for (int64_t n = whole; n < batch; ++n) run_images(layout, image.data, direct, {n, n + 1}, out, arenas[0], parallel);
+        for (const Clock& each : clocks)
+          for (size_t i = 0; i < steps_.size(); ++i) (*clock)[i] += each[i] / threads;
+      }
+      for (int64_t n = whole; n < batch; ++n) run_images(layout, image.data, direct, {n, n + 1}, out, arenas[0], parallel, clock);
     });
-    return result.done();
+    return result;
+  }
+
+  // Of every step of a run: how many steps of the text it is, and the microseconds it took.
+  Tensor times(const Tensor& x) {
+    Clock clock(steps_.size());
+    run(x, false, &clock);
+    Tensor rows = floats({static_cast<int64_t>(steps_.size()), 2});
+    float* to = static_cast<float*>(rows.mutable_data_ptr());
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      *to++ = static_cast<float>(steps_[i].step->length());
+      *to++ = static_cast<float>(clock[i]);
+    }
+    return rows;
   }
 
  private:
@@ -242,7 +266,8 @@ class Program {
                        [](const Placed& placed) { return placed.residual != 0 && (placed.x != 0 || placed.step->reads_nchw()); });
   }
 
-  void run_images(const Layout& layout, const float* x, bool nchw, Range images, float* out, Arena& arena, const Parallel& parallel) const {
+  void run_images(const Layout& layout, const float* x, bool nchw, Range images, float* out, Arena& arena, const Parallel& parallel,
+                  Clock* clock) const {
     const int64_t count = images.size();
     std::vector<Target> made;  // by every step
     made.reserve(steps_.size());
@@ -267,7 +292,9 @@ class Program {
       const Placed& placed = steps_[i];
       Target& to = made[i];
       to.data = i + 1 == steps_.size() ? out + images.begin * to.shape.image() : base + offsets[placed.output];
+      const auto start = clock ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
       placed.step->run(values[placed.x], placed.residual < 0 ? Pixels{} : values[placed.residual], to, parallel);
+      if (clock) (*clock)[i] += std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
       values[placed.output] = {to.data, to.shape, to.strides};
     }
   }
@@ -381,6 +408,13 @@ std::mutex programs_mutex;
 std::unordered_map<int64_t, std::shared_ptr<Program>> programs;
 int64_t next_program = 0;
 
+std::shared_ptr<Program> find_program(int64_t program) {
+  const std::lock_guard<std::mutex> lock(programs_mutex);
+  const auto at = programs.find(program);
+  check(at != programs.end(), "program", "no program ", program);
+  return at->second;
+}
+
 }  // namespace
 
 Tensor network(Tensor x, std::vector<Tensor> weights, std::string program) {
@@ -395,16 +429,9 @@ int64_t program_new(std::vector<Tensor> weights, std::string program) {
   return next_program++;
 }
 
-Tensor program_run(Tensor x, int64_t program) {
-  std::shared_ptr<Program> found;
-  {
-    const std::lock_guard<std::mutex> lock(programs_mutex);
-    const auto at = programs.find(program);
-    check(at != programs.end(), "program", "no program ", program);
-    found = at->second;
-  }
-  return found->run(x);
-}
+Tensor program_run(Tensor x, int64_t program, bool flat) { return find_program(program)->run(x, flat); }
+
+Tensor program_times(Tensor x, int64_t program) { return find_program(program)->times(x); }
 
 void program_free(int64_t program) {
   const std::lock_guard<std::mutex> lock(programs_mutex);

@@ -46,6 +46,25 @@ def test_layers_add_up_to_the_models_multiply_adds(name):
     assert all(row["us"] > 0 and row["gbs"] > 0 for row in result["layers"])
 
 
+@pytest.mark.parametrize("name", fastconv.models.list_models())
+def test_steps_of_the_whole_call_are_its_layers(name):
+    fast = fastconv.optimize(fastconv.models.get_model(name, num_classes=10).eval())
+    result = profiling.profile(fast, torch.randn(3, 3, 64, 64), rounds=2)
+    kernels = [row["layer"] for row in result["layers"] if row["op"] != "torch"]
+    assert [layer for step in result["steps"] for layer in step["layers"]] == kernels
+    assert (len(result["steps"]) < len(kernels)) == (name != "mobilenet_v3_small")  # whose stem meets a gate; the others' rows go on
+    assert all(step["us"] > 0 for step in result["steps"])
+
+
+def test_timing_the_steps_changes_no_bit():
+    fast = fastconv.optimize(fastconv.models.get_model("mobilenet_v2", width_mult=0.25, num_classes=10).eval())
+    x = torch.randn(5, 3, 64, 64)
+    with torch.inference_mode():
+        before = fast(x)
+        fast.plan.prepare()[3].times(x)
+        assert torch.equal(before, fast(x))
+
+
 def test_percents_are_of_the_measured_roofs():
     fast = fastconv.optimize(fastconv.models.get_model("squeezenet1_1", num_classes=10).eval())
     result = profiling.profile(fast, torch.randn(1, 3, 64, 64), rounds=2)

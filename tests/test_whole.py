@@ -63,13 +63,38 @@ def test_same_bits_however_rows_and_images_are_split(name, threads):
         assert torch.equal(fast(x[:2].contiguous(memory_format=torch.channels_last)), expected[:2])
 
 
+def separable(channels, out_channels):
+    depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    return [depthwise, nn.ReLU(), nn.Conv2d(channels, out_channels, 1), nn.ReLU()]
+
+
+def test_a_value_that_others_read_stands_in_memory(threads):
+    """A block whose output is read again, later, is in no chain with the next."""
+
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Sequential(*separable(8, 16)), nn.Sequential(*separable(16, 24))
+            self.last = nn.Conv2d(24, 16, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(self.second(y)) + y
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Skip()).eval()
+    fast = fastconv.optimize(model)
+    ready = fast.plan.prepare()
+    x = torch.randn(2, 8, 60, 60)
+    assert [layers for layers, _ in ready.whole.times(x)] == [1, 1, 1, 1]
+    for number in (1, 2):
+        threads(number)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+
+
 def test_a_chain_in_mid_network_keeps_what_it_reads(threads):
     """Its last block must not write over the input of its first, whose rows it still needs."""
-
-    def separable(channels, out_channels):
-        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        return [depthwise, nn.ReLU(), nn.Conv2d(channels, out_channels, 1), nn.ReLU()]
-
     torch.manual_seed(0)
     layers = [nn.Conv2d(8, 8, 1), nn.ReLU(), *separable(8, 32), *separable(32, 128), nn.Conv2d(128, 8, 1)]
     model = nn.Sequential(*layers).eval()

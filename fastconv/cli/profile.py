@@ -1,8 +1,14 @@
 """fastconv profile: where a network's time goes, layer by layer."""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @click.command()
@@ -15,6 +21,8 @@ import click
 @click.option("--chart", type=click.Path(dir_okay=False, writable=True), help="Also draw the layers (.png, .svg or .pdf).")
 def profile(model: str, batch: int, size: int, threads: int | None, rounds: int, path: str | None, chart: str | None) -> None:
     """Time each layer of MODEL as optimized: its share, its percent of this machine's roofs, and the kernel that ran.
+
+    A second table has the layers as the whole call runs them, in one step where rows go from one to the next without standing in memory.
 
     MODEL is one of fastconv's own names (mobilenet_v2), torchvision:NAME or timm:NAME. The roofs, fused multiply-adds and bandwidth, are
     measured in the same run, times the threads in use. Winograd layers are counted as direct convolutions and may pass 100%.
@@ -66,6 +74,8 @@ def profile(model: str, batch: int, size: int, threads: int | None, rounds: int,
         roof = result["roofline"]
         console = Console(width=None if Console().is_terminal else 160)
         console.print(table)
+        if result["steps"]:
+            console.print(steps_table(result["steps"]))
         console.print(
             f"layers {result['sum_us'] / 1e3:.2f} ms, the whole call {result['whole_us'] / 1e3:.2f} ms, {result['gflops']:.0f} GFLOP/s "
             f"({result['percent_of_peak']:.0f}% of {roof['threads']} x {roof['fma_gflops']:.0f} GFLOP/s, {roof['isa']})",
@@ -76,6 +86,31 @@ def profile(model: str, batch: int, size: int, threads: int | None, rounds: int,
             file.write(json.dumps({"model": model, "batch": batch, "size": size, "rounds": rounds, **result}, indent=1) + "\n")
     if chart:
         draw(rows, f"{model}, batch {batch}: microseconds per layer", chart)
+
+
+def steps_table(steps: list[dict]) -> Table:
+    """The steps of the whole call."""
+    from rich.table import Table
+
+    table = Table(title="inside the whole call, timed there", title_justify="left")
+    table.add_column("layers", no_wrap=True)
+    for heading in ("us", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOP/s", "% of peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total, longest = sum(step["us"] for step in steps), max(step["us"] for step in steps)
+    for step in steps:
+        first, *rest = step["layers"]
+        table.add_row(
+            f"{first} to {rest[-1]}" if rest else first,
+            f"{step['us']:.0f}",
+            f"{step['us'] / total:.1%}",
+            "█" * round(20 * step["us"] / longest),
+            f"{step['gflops']:.0f}" if step["gflops"] else "",
+            f"{step['percent_of_peak']:.0f}" if step["gflops"] else "",
+        )
+    return table
 
 
 def draw(rows: list[dict], title: str, path: str) -> None:

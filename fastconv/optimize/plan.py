@@ -20,7 +20,7 @@ from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
 from fastconv.optimize.trace import Untraceable, hooked, trace
 from fastconv.optimize.traced import exporting, snapshot
-from fastconv.optimize.whole import Whole, whole
+from fastconv.optimize.whole import Direct, Whole, whole
 
 # What to call, from which slots, into which slot.
 Step = tuple[Any, tuple[int, ...], int]
@@ -333,6 +333,7 @@ class Plan:
         self.exact = exact
         self._ready: Ready | None = None
         self._program: Program | None = None
+        self._direct: tuple[Ready, int, Direct | None] | None = None
         self._lock = threading.RLock()
 
     @property
@@ -394,6 +395,15 @@ class Plan:
         if kwargs or not args or not all(plain(x) and not (grad and x.requires_grad) for x in args):
             return getattr(self.module, self.method)(*args, **kwargs)
         return self.run(*args)
+
+    def direct(self) -> Direct | None:
+        """`Whole.direct` for the weights that were last prepared and the hooks that there are now."""
+        ready, handles = self._ready, RemovableHandle.next_id
+        if ready is None or ready.whole is None or ready.watch.quick is None or ready.watch.handles != handles:
+            return None
+        if self._direct is None or self._direct[0] is not ready or self._direct[1] != handles:
+            self._direct = ready, handles, ready.whole.direct(ready.watch.quick)
+        return self._direct[2]
 
     def run(self, *args: Tensor) -> Any:
         """The call itself, for plain tensors that want no gradient."""

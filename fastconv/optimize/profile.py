@@ -15,6 +15,7 @@ from fastconv.optimize.layers import Kernel, Layer
 from fastconv.optimize.module import OptimizedModule
 
 Roofs = dict[str, Any]
+CALLS = 3  # of the whole module in every pass over its layers
 
 
 def roofs() -> Roofs:
@@ -71,9 +72,13 @@ def layers(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> list[dict[s
 def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, Any]:
     """Where the time of `fast(x)` goes. x: (N, 3, H, W) float32 on the CPU.
 
-    Returns {"layers": rows, "sum_us", "whole_us", "gflops", "percent_of_peak", "roofline"}; a row has layer, op, kernel, input, output
-    (shapes), us (median over `rounds` passes), share of the sum, gflops, gbs, intensity (FLOP per byte), percent_of_peak and
+    Returns {"layers": rows, "steps", "sum_us", "whole_us", "gflops", "percent_of_peak", "roofline"}; a row has layer, op, kernel, input,
+    output (shapes), us (median over `rounds` passes), share of the sum, gflops, gbs, intensity (FLOP per byte), percent_of_peak and
     percent_of_roof, where gflops, intensity and percents are None for steps without a multiply-add of their own.
+
+    A row's layer runs by itself, between other calls and with channels innermost. "steps" are the same layers inside the whole call, timed
+    there: {"layers": names, "us", "gflops", "percent_of_peak"}, where a chain of layers whose rows never stand in memory is one step; None
+    where the plan is not one call.
 
     FLOPs are 2 multiply-adds of the direct convolution, also where Winograd needs fewer, so that percents may pass 100. Bytes are input,
     output and weights once, whatever the caches hold. A layer's roof is the smaller of the multiply-add peak and intensity times the
@@ -89,7 +94,7 @@ def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, 
     nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
     with torch.inference_mode():
         roof = roofs()
-        shapes, times, whole = _timed(fast, x, rounds)
+        shapes, times, inside, whole = _timed(fast, x, rounds)
     names = _names(nodes)
     rows = []
     for node, name, (call, _, _), (inputs, output), samples in zip(nodes, names, steps, shapes, times):
@@ -116,6 +121,7 @@ def profile(fast: OptimizedModule, x: Tensor, *, rounds: int = 20) -> dict[str, 
     peak = roof["fma_gflops"] * roof["threads"]
     return {
         "layers": rows,
+        "steps": _steps([row for row in rows if row["op"] != "torch"], inside, peak) if inside else None,
         "sum_us": total,
         "whole_us": whole,
         "gflops": work / whole,
@@ -140,16 +146,27 @@ def against(roof: Roofs, multiply_adds: int, moved: int, us: float) -> dict[str,
     }
 
 
+def _steps(rows: list[dict[str, Any]], inside: list[tuple[int, float]], peak: float) -> list[dict[str, Any]]:
+    """The call's steps: as many rows each as `inside` says, and their time."""
+    steps, rest = [], iter(rows)
+    for count, us in inside:
+        chain = [next(rest) for _ in range(count)]
+        gflops = sum((row["gflops"] or 0) * row["us"] for row in chain) / us
+        steps.append({"layers": [row["layer"] for row in chain], "us": us, "gflops": gflops, "percent_of_peak": 100 * gflops / peak})
+    return steps
+
+
 Shapes = tuple[list[torch.Size], torch.Size | None]
 
 
-def _timed(fast: OptimizedModule, x: Tensor, rounds: int) -> tuple[list[Shapes], list[list[float]], float]:
-    """Each step's input shapes and output shape, its microseconds in every pass, and the median of the whole call's. A pass runs all
-    steps one by one and then the module, so that drift meets all alike; values are freed as in the module."""
-    program, _, steps, _ = fast.plan.prepare()
+def _timed(fast: OptimizedModule, x: Tensor, rounds: int) -> tuple[list[Shapes], list[list[float]], list[tuple[int, float]] | None, float]:
+    """Each layer's input shapes and output shape, its microseconds in every pass, the steps of the whole call (layers, median
+    microseconds) and the median of the call. A pass runs all layers one by one and then the module, so that drift meets all alike; values
+    are freed as in the module."""
+    program, _, steps, together = fast.plan.prepare()
     shapes: list[Shapes] = []
     times: list[list[float]] = [[] for _ in steps]
-    whole = []
+    whole, inside = [], []
     for _ in range(rounds + 2):  # two passes warm up
         values = [x, *[None] * (program.slots - 1)]
         shapes.clear()
@@ -164,10 +181,14 @@ def _timed(fast: OptimizedModule, x: Tensor, rounds: int) -> tuple[list[Shapes],
             values[write] = output
             del arguments, output
         del values
-        start = time.perf_counter()
-        fast(x)
-        whole.append((time.perf_counter() - start) * 1e6)
-    return shapes, [samples[2:] for samples in times], statistics.median(whole[2:])
+        for _ in range(CALLS):  # the first finds the caches as single layers left them
+            start = time.perf_counter()
+            fast(x)
+            whole.append((time.perf_counter() - start) * 1e6)
+            if together:
+                inside.append(together.times(x))
+    medians = [(step[0][0], statistics.median(us for _, us in step)) for step in zip(*inside[2 * CALLS :])]
+    return shapes, [samples[2:] for samples in times], medians or None, statistics.median(whole[2 * CALLS :])
 
 
 def _multiply_adds(kernel: Kernel, shape: torch.Size) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+from torch.utils.hooks import RemovableHandle
 
 from fastconv import _extension
 from fastconv.ops._network import FORMAT, encode
@@ -27,6 +31,15 @@ _OPS = {
     )
 }
 
+# While these are as they are here, a module's call does nothing but run it: no hooks on every module, no compiling, export, tracing,
+# forward-mode differentiation, autocast or torch.func.
+_EMPTY = [getattr(modules, f"_global_{which}_hooks") for which in ("forward_pre", "forward", "backward_pre", "backward")]
+_FIXED = [(torch.compiler, "_is_compiling_flag", False), (torch.compiler, "_is_exporting_flag", False), (forward_ad, "_current_level", -1)]
+_OFF = [torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state]
+
+# `call(module, x)`: what the module in eval mode makes of x, or None where it has to see to the call itself.
+Direct = Callable[[nn.Module, Tensor], "Tensor | None"]
+
 
 class Whole:
     """`whole(x)` is all of a plan's steps in one call of `fastconv::program_run`, to the same bits as one by one.
@@ -43,8 +56,20 @@ class Whole:
         weakref.finalize(self, _C.program_free, self.number)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = torch.ops.fastconv.program_run.default(x, self.number)
-        return y[:, :, 0, 0] if self.flatten else y
+        return torch.ops.fastconv.program_run.default(x, self.number, self.flatten)
+
+    def direct(self, watch: object) -> Direct | None:
+        """The same in one step, as long as `watch`, a _C.Watch, sees no change. None where results are images, to be put in x's format."""
+        from fastconv import _C
+
+        if not self.flatten:
+            return None
+        fixed = [*_FIXED, (RemovableHandle, "next_id", RemovableHandle.next_id)]  # no hook has been registered since
+        return _C.Direct(watch, torch.ops.fastconv.program_run.default._op, (self.number, self.flatten), _EMPTY, fixed, _OFF)
+
+    def times(self, x: Tensor) -> list[tuple[int, float]]:
+        """What the steps of one call take: (layers that the call chained into one step, microseconds), in order."""
+        return [(int(layers), us) for layers, us in torch.ops.fastconv.program_times.default(x, self.number).tolist()]
 
     def network(self, x: Tensor) -> Tensor:
         y = torch.ops.fastconv.network.default(x, self.weights, self.program)

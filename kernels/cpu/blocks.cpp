@@ -19,6 +19,8 @@ constexpr int64_t SERIAL_WORK = 64 * 1024;
 constexpr int64_t FLOAT_WORK = 8;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
+// And in L1 beside the weights of a chunk of columns (28 KiB).
+constexpr int64_t L1_FLOATS = 7 * 1024;
 // Of this machine; a MiB where it is not told.
 int64_t l2_floats() {
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -61,17 +63,21 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int6
     rows = parallel.threads();
     columns = std::clamp<int64_t>(std::min(most, 16 * rows) / rows, 1, groups);
   } else {
-    rows = std::min(parallel.number_for(tiles, 1), most);
+    rows = std::min(parallel.number_for(tiles, 4), most);
     columns = rows >= 4 * parallel.threads() ? 1 : std::clamp<int64_t>(std::min(most, 8 * parallel.threads()) / rows, 1, groups);
+    if (rows == 1 && columns > parallel.threads()) columns -= columns % parallel.threads();
   }
   parallel.pieces(rows * columns, rows * columns, [&](Range piece, int64_t) {
     const int64_t row = by_panels ? piece.begin % rows : piece.begin / columns,
                   column = by_panels ? piece.begin / rows : piece.begin % columns;
-    // Whole tiles where there are many, equal parts where there are few: 49 pixels are 12 + 12 + 12 + 13.
-    const bool whole = tiles >= 2 * rows;
+    // Whole tiles where there are many, equal parts where there are few: 49 pixels are 24 + 25, not 28 + 21.
+    const bool whole = tiles >= 8 * rows;
+    // Whole groups where a thread has all of them, else equal parts: 10 panels are 5 + 5, not 6 + 4.
+    const bool grouped = rows % parallel.threads() == 0 || by_panels;
     f(whole ? Range{row * tiles / rows * tile, std::min((row + 1) * tiles / rows * tile, pixels)}
             : Range{row * pixels / rows, (row + 1) * pixels / rows},
-      Range{column * groups / columns * group, std::min((column + 1) * groups / columns * group, panels)});
+      grouped ? Range{column * groups / columns * group, std::min((column + 1) * groups / columns * group, panels)}
+              : Range{column * panels / columns, (column + 1) * panels / columns});
   });
 }
 
@@ -463,6 +469,15 @@ struct Block {
     if (rows.end < all) fetch(rows.end * op.stride_h - op.pad_h, rows.end * op.stride_h - op.pad_h + halo);
   }
 
+  // What the depthwise convolution of these channels reads beside the image: a line or two in each of K x K rows, which no stream brings.
+  void fetch_taps(Range channels) const {
+    const auto fetch = [&](const float* row) {
+      for (int64_t c = channels.begin; c < channels.end; c += PANEL) __builtin_prefetch(row + c, 0, 2);
+    };
+    for (int64_t tap = 0; tap < op.kernel * op.kernel; ++tap) fetch(op.taps + tap * op.channels);
+    fetch(op.depthwise_bias);
+  }
+
   // The share of these panels, if half of L2 holds a thread's.
   void gate_weights(int64_t threads, Range panels, Fetch (&soon)[2]) const {
     const PackedPointwise* const both[2] = {&op.squeeze_excite.reduce, &op.squeeze_excite.expand};
@@ -517,9 +532,10 @@ struct Block {
     float* const ring = scratch.floats(ring_floats + strip_floats + input_floats);
     float* const strip = ring + ring_floats;
     float* const input = strip + strip_floats;
-    // Two panels are expanded and go on to the depthwise convolution while they are in L1 (MobileNet V2 at 112x112: 4% of the time to 24
-    // channels at 56x56).
-    const int64_t all_panels = panels_for(op.channels), group = op.expands() ? 2 : all_panels;
+    // Panels are expanded and go on to the depthwise convolution while they are in L1: two of MobileNet V2's 112 pixels a row (4% of the
+    // time to 24 channels at 56x56), eight of 14.
+    const int64_t all_panels = panels_for(op.channels), window = ((step - 1) * op.stride_h + op.kernel) * row_floats;
+    const int64_t group = op.expands() ? std::max<int64_t>(L1_FLOATS / window / 2 * 2, 2) : all_panels;
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
     for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
       const int64_t end = std::min(oh + step, rows.end);
@@ -594,12 +610,9 @@ struct Block {
     float* hidden = scales + count * lanes;
     // Means are sums of rows' sums, in whatever order the rows were made.
     const auto sum_rows = [&](int64_t n, Range rows, Range range) {
-      for (int64_t row = rows.begin; gate && row < rows.end; ++row) {
-        float* sums = row_sums + (n * op.out_height + row) * lanes + range.begin;
-        std::fill(sums, sums + range.size(), 0.0f);
-        k.sum_pixels(middle_of(n, range.begin) + row * op.out_width * middle_strides.pixel, middle_strides, op.out_width, range.size(),
-                     sums);
-      }
+      if (gate)
+        k.sum_rows(middle_of(n, range.begin) + rows.begin * op.out_width * middle_strides.pixel, middle_strides, op.out_width, rows.size(),
+                   range.size(), row_sums + (n * op.out_height + rows.begin) * lanes + range.begin, lanes);
     };
     const auto run_depthwise = [&](Range image_rows, Range range) {
       for_each_image(image_rows, op.out_height, [&](int64_t n, Range part) {
@@ -643,6 +656,7 @@ struct Block {
     const int64_t depthwise_work = op.out_width * channels * op.kernel * op.kernel;
     if (by_panels) {
       split_panels(parallel, channels, [&](Range panels) {  // channels never meet before the projection: no barrier between
+        fetch_taps(channels_of(panels));
         if (op.expands()) expand({0, pixels}, panels);
         run_depthwise(all_rows, channels_of(panels));
         if (gate) pool(channels_of(panels));

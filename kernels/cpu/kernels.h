@@ -230,7 +230,9 @@ struct Kernels {
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);
   // x points at the first channel of a block, sums and scales at that channel's.
-  void (*sum_pixels)(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums);        // adds to sums
+  void (*sum_pixels)(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums);  // adds to sums
+  // Of each row of so many pixels; its sums stand sums_stride apart.
+  void (*sum_rows)(const float* x, Strides strides, int64_t pixels, int64_t rows, int64_t channels, float* sums, int64_t sums_stride);
   void (*scale_channels)(float* x, Strides strides, int64_t pixels, int64_t channels, const float* scales);  // in place
   // gradient.h. `to` and rows of sums reach to whole vectors; sums are added to.
   void (*activated)(const Activated&, int64_t pixels, float* to, Strides to_strides);

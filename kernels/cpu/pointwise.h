@@ -6,14 +6,14 @@
 namespace fastconv::FASTCONV_ISA {
 
 inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
-  // Weights that fit L2 pass whole over a block of up to four tiles that stays in L1, so each pixel is read and written once
+  // Weights that fit L2 pass whole over a block of up to eight tiles that stays in L1, or nearly, so each pixel is read and written once
   // (12544x32->64: 1.5x faster than by panel). Larger ones: a block of pixels stays in L2 while all panels pass over it.
-  constexpr int64_t L1_FLOATS = 8 * 1024, L2_FLOATS = 64 * 1024, L2_WEIGHTS = 128 * 1024, TILE = max_rows<PREFERRED_NV>();
+  constexpr int64_t L2_FLOATS = 64 * 1024, L2_WEIGHTS = 128 * 1024, TILE = max_rows<PREFERRED_NV>(), SMALL_TILES = 8;
   const int64_t K = op.in_channels;
   const bool small = K * panels.size() * PANEL <= L2_WEIGHTS;
   const bool once = panels.size() * PANEL <= PREFERRED_NV * W;  // one pass
-  const int64_t tiles_at_once = once ? ceil_div(pixels.size(), TILE) : (small ? L1_FLOATS : L2_FLOATS) / K / TILE;
-  const int64_t most = TILE * (tiles_at_once < 1 ? 1 : small && !once && tiles_at_once > 4 ? 4 : tiles_at_once);
+  const int64_t tiles = ceil_div(pixels.size(), TILE), at_once = once ? tiles : small ? SMALL_TILES : L2_FLOATS / K / TILE;
+  const int64_t most = TILE * (at_once < 1 ? 1 : at_once >= tiles ? tiles : ceil_div(tiles, ceil_div(tiles, at_once)));
   for (int64_t m = pixels.begin; m < pixels.end; m += most) {
     const int64_t rows = pixels.end - m < most ? pixels.end - m : most;
     const float* const x = op.x + m * op.x_strides.pixel;
@@ -25,18 +25,13 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     // Weights that this call has not brought into L2 yet. (Those of a matrix-vector product are a stream that the hardware fetches: 109
     // GB/s, with our fetches 100.)
     const bool cold = rows > 4 && (!small || m == pixels.begin);
-    const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns) {
+    const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns, int64_t chunks) {
       Output at = at_column(to, column, columns);
-      Ahead ahead;
+      at.chunks = chunks;
+      Ahead ahead(op, panels, NV * W / PANEL, ceil_div(rows, TILE) * (K / UNROLL));
       if constexpr (NV > 0 && NV * W % PANEL == 0)
         if (cold) {
-          constexpr int64_t PANELS = NV * W / PANEL;
-          const int64_t done = column / PANEL - panels.begin, size = panels.size() - done < PANELS ? panels.size() - done : PANELS;
-          const int64_t left = panels_for(op.out_channels) - column / PANEL - PANELS;
-          const float* const next = at.panels + PANELS * to.panel_stride;
-          ahead.ranges[0] = {next, next + (left < PANELS ? left : PANELS) * to.panel_stride};
-          for (int i = 0; i < 2; ++i) ahead.ranges[1 + i] = op.soon[i].part({done, done + size}, panels.size());
-          ahead.spread(ceil_div(rows, TILE) * (K / UNROLL));
+          ahead.begin(column / PANEL);
           at.ahead = &ahead;
         }
       if (op.x_strides.innermost())

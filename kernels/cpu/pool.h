@@ -47,6 +47,30 @@ inline void sum_pixels(const float* x, Strides strides, int64_t pixels, int64_t 
   }
 }
 
+// Every row's own sums, sums_stride apart. Four rows at a time: one alone waits for its own last addition.
+template <int ROWS>
+FASTCONV_INLINE void sum_row_group(const float* x, int64_t row_stride, int64_t pixel_stride, int64_t pixels, int64_t lanes, float* sums,
+                                   int64_t sums_stride) {
+  vec sum[ROWS] = {};
+  for (int64_t i = 0; i < pixels; ++i, x += pixel_stride)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) sum[r] += load_up_to(x + r * row_stride, lanes);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) store_up_to(sums + r * sums_stride, sum[r], lanes);
+}
+inline void sum_rows(const float* x, Strides strides, int64_t pixels, int64_t rows, int64_t channels, float* sums, int64_t sums_stride) {
+  const int64_t row_stride = pixels * strides.pixel;
+  for (int64_t c = 0; c < channels; c += W) {
+    const float* from = x + strides.at(0, c);
+    float* to = sums + c;
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4, from += 4 * row_stride, to += 4 * sums_stride)
+      sum_row_group<4>(from, row_stride, strides.pixel, pixels, channels - c, to, sums_stride);
+    for (; row < rows; ++row, from += row_stride, to += sums_stride)
+      sum_row_group<1>(from, row_stride, strides.pixel, pixels, channels - c, to, sums_stride);
+  }
+}
+
 inline void scale_channels(float* x, Strides strides, int64_t pixels, int64_t channels, const float* scales) {
   for (int64_t c = 0; c < channels; c += W) {
     const int64_t n = channels - c;

@@ -58,6 +58,7 @@ struct Strided {
     for (int i = 0; i < (MR + 2) / 3; ++i) p[i] = first + 3 * i * stride;
   }
   FASTCONV_INLINE void next() { x += MR * stride; }
+  FASTCONV_INLINE void again() {}  // the same rows for the next chunk
   FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p[r / 3] + (r % 3 * stride + u); }
   FASTCONV_INLINE void advance(int n) {
 #pragma GCC unroll 8
@@ -96,6 +97,7 @@ struct Blocked {
     read = 0;
   }
   FASTCONV_INLINE void next() { x += MR * PANEL; }
+  FASTCONV_INLINE void again() { end = nullptr; }  // they are here by now
   FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p + (r * PANEL + u); }
   FASTCONV_INLINE void advance(int n) {
     p += n;
@@ -130,6 +132,7 @@ struct Indirect {
     for (int r = 0; r < MR; ++r) p[r] = table[s * MR + r];
   }
   FASTCONV_INLINE void next() {}  // a table serves one tile
+  FASTCONV_INLINE void again() {}
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return p[r] + (k + u); }
   FASTCONV_INLINE void advance(int) {}
 };
@@ -143,21 +146,35 @@ struct Stepped {
   int64_t segments, depth, step;
   FASTCONV_INLINE void enter(int64_t) {}
   FASTCONV_INLINE void next() { x += MR * (STEP ? STEP : step); }
+  FASTCONV_INLINE void again() {}
   FASTCONV_INLINE const float* at(int r, int64_t k, int u) const { return x + (offsets[k + u] + r * (STEP ? STEP : step)); }
   FASTCONV_INLINE void advance(int) {}
 };
 
-// What tiles fetch into L2 while they multiply, floats_a_step for every UNROLL of the depth. Weights come from L3 or memory once a call:
-// fetched in time they cost nothing.
+// What tiles fetch into L2 while they multiply, floats_a_step for every UNROLL of the depth: the weights of the next chunk of columns, and
+// a share of what the product says is read after it. Weights come from L3 or memory once a call: fetched in time they cost nothing.
 struct Ahead {
   static constexpr int RANGES = 3;
+  const Pointwise& op;
+  const Range panels;              // of the call
+  const int64_t at_a_time, steps;  // panels a chunk; steps of UNROLL that it takes
   Fetch ranges[RANGES] = {};
-  int64_t floats_a_step = 0;
+  int64_t panel = 0, floats_a_step = 0;
   int at = 0;
-  // Spread over so many steps.
-  FASTCONV_INLINE void spread(int64_t steps) {
+  FASTCONV_INLINE Ahead(const Pointwise& op, Range panels, int64_t at_a_time, int64_t steps)
+      : op(op), panels(panels), at_a_time(at_a_time), steps(steps) {}
+  // The chunk from this panel on begins.
+  FASTCONV_INLINE void begin(int64_t first) {
+    panel = first;
+    const int64_t panel_floats = op.in_channels * PANEL, all = panels_for(op.out_channels);
+    const auto upto = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const int64_t next = upto(first + at_a_time, all), done = first - panels.begin;
+    ranges[0] = {op.panels + next * panel_floats, op.panels + upto(next + at_a_time, all) * panel_floats};
+    for (int i = 0; i < 2; ++i)
+      if (op.soon[i].begin) ranges[1 + i] = op.soon[i].part({done, upto(done + at_a_time, panels.size())}, panels.size());
     const int64_t floats = ranges[0].size() + ranges[1].size() + ranges[2].size();
     floats_a_step = steps > 0 ? ceil_div(floats, steps * PANEL) * PANEL : 0;
+    at = 0;
   }
   FASTCONV_INLINE bool more() {
     while (at < RANGES && ranges[at].begin >= ranges[at].end) ++at;
@@ -165,7 +182,8 @@ struct Ahead {
   }
 };
 
-// Where a run of tiles writes, and the weights it uses: `columns` output channels from column 0 of panels, bias, residual and out.
+// Where a run of tiles writes, and the weights it uses: `columns` output channels from column 0 of panels, bias, residual and out; and as
+// many again in each of `chunks`.
 struct Output {
   const float* panels;
   int64_t panel_stride;
@@ -175,6 +193,14 @@ struct Output {
   int64_t columns;
   Ahead* ahead = nullptr;
   int64_t panel_step = 0, out_step = 0;  // from tile to tile, where the next is not the pixels below
+  int64_t chunks = 1;                    // more than one: of whole panels
+  FASTCONV_INLINE void next_chunk() {
+    panels += columns / PANEL * panel_stride;
+    epilogue.bias += columns;
+    if (epilogue.residual) epilogue.residual += epilogue.residual_strides.at(0, columns);
+    out += out_strides.at(0, columns);
+    if (ahead) ahead->begin(ahead->panel + ahead->at_a_time);
+  }
 };
 
 // sum[v] += *x * weight[v], spelled out on x86: with all sums alive gcc issues broadcasts early and spills sums for them, or keeps them in
@@ -203,6 +229,20 @@ FASTCONV_INLINE void multiply_add(vec (&sum)[SUMS], const float* x, const vec (&
   }
 }
 
+// The first of a tile's, onto the bias, which stays in memory: sums need no moves before it.
+template <int NV, int SUMS>
+FASTCONV_INLINE void multiply_first(vec (&sum)[SUMS], const float* x, const vec (&weight)[NV + 1], const vec* bias) {
+#if defined(FASTCONV_ISA_IS_AVX512) || defined(FASTCONV_ISA_IS_AVX2)
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v)
+    asm volatile("vbroadcastss %1, %0\n\tvfmadd213ps %3, %2, %0" : "=&v"(sum[v]) : "m"(*x), "v"(weight[v]), "m"(bias[v]));
+#else
+  const vec each = splat(*x);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) sum[v] = bias[v] + each * weight[v];
+#endif
+}
+
 // The same for a paired panel: two inputs, (x[0], x[1]), against sums of pairs of lanes.
 FASTCONV_INLINE void multiply_add_pair(vec* sum, const float* x, const vec* weight, bool one) {
 #if defined(FASTCONV_ISA_IS_AVX512)
@@ -219,12 +259,13 @@ FASTCONV_INLINE void multiply_add_pair(vec* sum, const float* x, const vec* weig
   for (int v = 0; v < PAIRED_NV; ++v) sum[v] += value * weight[v];
 }
 
-// `count` tiles one below the other; PAIR: a paired panel follows the NV vectors.
-template <int MR, int NV, bool PAIR, class Rows>
-__attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
+// `count` tiles one below the other, of one chunk of columns; PAIR: a paired panel follows the NV vectors. STEPS: which of the depth's
+// loops there are; where one ends and another may begin, gcc moves all sums from register to register.
+enum class Steps { fours, pairs, all };
+template <int MR, int NV, bool PAIR, Steps STEPS, class Rows>
+FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp) {
   constexpr int ALL = NV + (PAIR ? PAIRED_NV : 0);
   const int64_t columns = to.columns;
-  const Clamp clamp(to.epilogue.activation);
   vec bias[ALL];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) bias[v] = load_up_to(to.epilogue.bias + v * W, columns - v * W);
@@ -238,9 +279,11 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
     const bool fetches = Rows::FETCHES && to.ahead && to.ahead->more();
     const float* ahead = fetches ? to.ahead->ranges[to.ahead->at].begin : nullptr;
     const int64_t ahead_floats = fetches ? to.ahead->floats_a_step : 0;
+    // With one segment the first step begins the sums of whole vectors.
+    constexpr bool BEGINS = STEPS == Steps::fours && requires { std::bool_constant<Rows::segments == 1>{}; };
     vec sum[MR][ALL];
 #pragma GCC unroll 4
-    for (int v = 0; v < ALL; ++v)
+    for (int v = BEGINS ? NV : 0; v < ALL; ++v)
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) sum[r][v] = bias[v];
     const float* panel[ALL];
@@ -251,13 +294,17 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 
     for (int64_t s = 0; s < rows.segments; ++s) {
       rows.enter(s);
-      const auto step = [&](int64_t k, int u) FASTCONV_LAMBDA_INLINE {
+      const auto step = [&](int64_t k, int u, auto first) FASTCONV_LAMBDA_INLINE {
         vec weight[NV + 1];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + u * PANEL);
         if constexpr (NV > 0)
 #pragma GCC unroll 16
-          for (int r = 0; r < MR; ++r) multiply_add<NV>(sum[r], rows.at(r, k, u), weight);
+          for (int r = 0; r < MR; ++r)
+            if constexpr (first)
+              multiply_first<NV>(sum[r], rows.at(r, k, u), weight, bias);
+            else
+              multiply_add<NV>(sum[r], rows.at(r, k, u), weight);
       };
       const auto step_pair = [&](int64_t k, int u, bool one) FASTCONV_LAMBDA_INLINE {
         if constexpr (PAIR) {
@@ -273,11 +320,12 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 #pragma GCC unroll 4
         for (int v = 0; v < ALL; ++v) panel[v] += (v < NV ? n : n / 2) * PANEL;
       };
-      int64_t k = 0;
-      for (; k + UNROLL <= rows.depth; k += UNROLL) {
+      const auto four = [&](int64_t k, auto first) FASTCONV_LAMBDA_INLINE {
+        step(k, 0, first);
+        step_pair(k, 0, false);
 #pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; ++u) {
-          step(k, u);
+        for (int u = 1; u < UNROLL; ++u) {
+          step(k, u, std::false_type{});
           if (u % 2 == 0) step_pair(k, u, false);
         }
         if constexpr (Rows::FETCHES) {
@@ -285,18 +333,26 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
           ahead += ahead_floats;
         }
         advance(UNROLL);
+      };
+      int64_t k = 0;
+      if constexpr (BEGINS) {
+        four(0, std::true_type{});
+        k = UNROLL;
       }
-      if (k + 2 <= rows.depth) {
-        step(k, 0);
-        step_pair(k, 0, false);
-        step(k, 1);
-        advance(2);
-        k += 2;
-      }
-      if (k < rows.depth) {
-        step(k, 0);
-        step_pair(k, 0, true);
-        advance(1);
+      if constexpr (STEPS != Steps::pairs)
+        for (; k + UNROLL <= rows.depth; k += UNROLL) four(k, std::false_type{});
+      if constexpr (STEPS != Steps::fours) {
+        for (; k + 2 <= rows.depth; k += 2) {
+          step(k, 0, std::false_type{});
+          step_pair(k, 0, false);
+          step(k, 1, std::false_type{});
+          advance(2);
+        }
+        if (k < rows.depth) {
+          step(k, 0, std::false_type{});
+          step_pair(k, 0, true);
+          advance(1);
+        }
       }
     }
 
@@ -327,6 +383,7 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
 #pragma GCC unroll 4
         for (int v = 0; v < PLAIN; ++v) sum[r][v] = activate(sum[r][v], Activation::hardswish);
     }
+    asm("" : "+m"(clamp));  // bounds come from memory here: the loop has no register for them
     const auto finish = [&](auto put) FASTCONV_LAMBDA_INLINE {
 #pragma GCC unroll 4
       for (int v = 0; v < PLAIN; ++v) {
@@ -350,6 +407,24 @@ __attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
     to.panels += to.panel_step;
     to.out += to.out_step ? to.out_step : MR * to.out_strides.pixel;
     if (to.epilogue.residual) to.epilogue.residual += MR * to.epilogue.residual_strides.pixel;
+  }
+}
+
+// Every chunk of columns over the same pixels. (A call costs 200 cycles, as much as a tile of 14 inputs.)
+template <int MR, int NV, bool PAIR, class Rows>
+__attribute__((noinline)) void tiles(Rows rows, int64_t count, Output to) {
+  const Clamp clamp(to.epilogue.activation);
+  for (int64_t left = to.chunks; left > 0; --left) {
+    if constexpr (!Rows::FETCHES)
+      tile_chunk<MR, NV, PAIR, Steps::all>(rows, count, to, clamp);
+    else if (rows.depth % UNROLL == 0) [[likely]]
+      tile_chunk<MR, NV, PAIR, Steps::fours>(rows, count, to, clamp);
+    else
+      tile_chunk<MR, NV, PAIR, Steps::pairs>(rows, count, to, clamp);
+    if (left > 1) {
+      to.next_chunk();
+      rows.again();
+    }
   }
 }
 
@@ -379,15 +454,25 @@ template <int NV, bool PAIR, class RowsOf>
 FASTCONV_INLINE void cover(int64_t count, Output to, RowsOf rows_of) {
   constexpr int MOST = max_rows<NV, PAIR>();
   const Pieces pieces(count, MOST);
-  const auto run = [&](int64_t size, int64_t first, int64_t number) {
-    if (number == 0) return;
-    Output at = to;
-    at.out += first * to.out_strides.pixel;
-    if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_strides.pixel;
-    with_constant<MOST>(size, [&](auto MR) { tiles<MR, NV, PAIR>(rows_of(MR, first), number, at); });
-  };
-  run(pieces.size + 1, 0, pieces.longer);
-  run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);
+  const bool mixed = pieces.longer > 0 && pieces.shorter > 0;  // then chunk by chunk, so that both sizes find its weights in L1
+  const int64_t calls = mixed ? to.chunks : 1;
+  for (int64_t call = 0; call < calls; ++call) {
+    const auto run = [&](int64_t size, int64_t first, int64_t number) FASTCONV_LAMBDA_INLINE {
+      if (number == 0) return;
+      Output at = to;
+      at.chunks = mixed ? 1 : to.chunks;
+      at.out += first * to.out_strides.pixel;
+      if (at.epilogue.residual) at.epilogue.residual += first * to.epilogue.residual_strides.pixel;
+      with_constant<MOST>(size, [&](auto MR) {
+        auto rows = rows_of(MR, first);
+        if (call > 0) rows.again();
+        tiles<MR, NV, PAIR>(rows, number, at);
+      });
+    };
+    run(pieces.size + 1, 0, pieces.longer);
+    run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);
+    if (call + 1 < calls) to.next_chunk();
+  }
 }
 
 // The output of a chunk of columns: everything of `to` moved to `column`.
@@ -400,8 +485,9 @@ FASTCONV_INLINE Output at_column(Output to, int64_t column, int64_t columns) {
   return to;
 }
 
-// Panels [panels.begin, panels.end) in chunks of NV vectors, PREFERRED where there are enough: f(NV, PAIR, first column, columns). With
-// `paired` the last panel of all is a paired one; it joins up to two whole vectors where registers allow.
+// Panels [panels.begin, panels.end) in chunks of NV vectors, PREFERRED where there are enough: f(NV, PAIR, first column, columns), and,
+// where f takes it, how many such chunks follow each other. With `paired` the last panel of all is a paired one; it joins up to two whole
+// vectors where registers allow.
 template <int PREFERRED, class F>
 FASTCONV_INLINE void for_each_chunk(Range panels, int64_t out_channels, bool paired, F f) {
   const int64_t end = panels.end * PANEL < out_channels ? panels.end * PANEL : out_channels;
@@ -414,14 +500,21 @@ FASTCONV_INLINE void for_each_chunk(Range panels, int64_t out_channels, bool pai
     int64_t nv = vectors < PREFERRED ? vectors : PREFERRED;
     if (vectors == PREFERRED + 1 && PREFERRED < MAX_NV) nv = PREFERRED + 1;  // 3 = 3, not 2 + 1: one vector alone is slower
     const int64_t columns = whole - column < nv * W ? whole - column : nv * W;
-    with_constant<MAX_NV>(nv, [&](auto NV) { f(NV, std::false_type{}, column, columns); });
-    column += nv * W;
-    vectors -= nv;
+    int64_t chunks = 1;
+    if constexpr (std::is_invocable_v<F, std::integral_constant<int, 1>, std::false_type, int64_t, int64_t, int64_t>) {
+      const auto same = [&](int64_t left) { return left > (pair ? WITH_PAIR : 0) && left >= nv && (left != nv + 1 || nv == MAX_NV); };
+      while (nv == PREFERRED && same(vectors - chunks * nv) && column + (chunks + 1) * nv * W <= whole) ++chunks;
+      with_constant<MAX_NV>(nv, [&](auto NV) { f(NV, std::false_type{}, column, columns, chunks); });
+    } else {
+      with_constant<MAX_NV>(nv, [&](auto NV) { f(NV, std::false_type{}, column, columns); });
+    }
+    column += chunks * nv * W;
+    vectors -= chunks * nv;
   }
-  if constexpr (std::is_invocable_v<F, std::integral_constant<int, 0>, std::true_type, int64_t, int64_t>)
+  if constexpr (std::is_invocable_v<F, std::integral_constant<int, 0>, std::true_type, int64_t, int64_t, int64_t>)
     if (pair)
-      with_constant<WITH_PAIR + 1>(vectors + 1,
-                                   [&](auto N) { f(std::integral_constant<int, N - 1>{}, std::true_type{}, column, end - column); });
+      with_constant<WITH_PAIR + 1>(
+          vectors + 1, [&](auto N) { f(std::integral_constant<int, N - 1>{}, std::true_type{}, column, end - column, int64_t{1}); });
 }
 constexpr int PREFERRED_NV = W == 16 ? 2 : MAX_NV;  // 14x32 loads weights at half the rate of 6x64, so L2 keeps up
 
