@@ -26,8 +26,9 @@ bool same(PyObject* a, PyObject* b) {
 
 }  // namespace
 
-Direct::Direct(py::object watch, py::object op, py::tuple arguments, py::list empty, py::list fixed, py::list off)
-    : held_watch_(std::move(watch)),
+Direct::Direct(py::object owner, py::object watch, py::object op, py::tuple arguments, py::list empty, py::list fixed, py::list off)
+    : owner_(std::move(owner)),
+      held_watch_(std::move(watch)),
       op_(std::move(op)),
       arguments_(std::move(arguments)),
       held_{empty, fixed, off},

@@ -16,8 +16,9 @@ class Direct {
  public:
   // Calls op(x, *arguments), two of them, while nothing says otherwise: `watch` sees no change, the dictionaries in `empty` are, each
   // (object, name, value) of `fixed` holds, no function in `off` says true.
-  Direct(pybind11::object watch, pybind11::object op, pybind11::tuple arguments, pybind11::list empty, pybind11::list fixed,
-         pybind11::list off);
+  // owner: kept as long as this.
+  Direct(pybind11::object owner, pybind11::object watch, pybind11::object op, pybind11::tuple arguments, pybind11::list empty,
+         pybind11::list fixed, pybind11::list off);
   // None where the module has to see to the call itself.
   pybind11::object operator()(pybind11::handle module, pybind11::handle x) const;
 
@@ -28,7 +29,7 @@ class Direct {
   struct Fixed {
     PyObject *object, *name, *value;
   };
-  pybind11::object held_watch_, op_;
+  pybind11::object owner_, held_watch_, op_;
   pybind11::tuple arguments_;
   const pybind11::list held_[3];  // keep what follows alive
   const Watch& watch_;

@@ -70,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("counted"), py::arg("addressed"), py::arg("children"))
       .def("unchanged", &fastconv::Watch::unchanged);
   py::class_<fastconv::Direct>(m, "Direct", "Calls a module's operator where nothing stands in the way, else returns None.")
-      .def(py::init<py::object, py::object, py::tuple, py::list, py::list, py::list>(), py::arg("watch"), py::arg("op"),
-           py::arg("arguments"), py::arg("empty"), py::arg("fixed"), py::arg("off"))
+      .def(py::init<py::object, py::object, py::object, py::tuple, py::list, py::list, py::list>(), py::arg("owner"), py::arg("watch"),
+           py::arg("op"), py::arg("arguments"), py::arg("empty"), py::arg("fixed"), py::arg("off"))
       .def("__call__", &fastconv::Direct::operator());
 }

@@ -199,8 +199,38 @@ def test_its_arguments_are_checked():
 
     watch = _C.Watch([], [], [], [], [], [])
     with pytest.raises(ValueError, match="arguments must be two"):
-        _C.Direct(watch, len, (1,), [], [], [])
+        _C.Direct(None, watch, len, (1,), [], [], [])
     with pytest.raises(TypeError, match="empty must be dictionaries"):
-        _C.Direct(watch, len, (1, True), [[]], [], [])
+        _C.Direct(None, watch, len, (1, True), [[]], [], [])
     with pytest.raises(ValueError, match="fixed must be triples"):
-        _C.Direct(watch, len, (1, True), [], [(torch, "float32")], [])
+        _C.Direct(None, watch, len, (1, True), [], [(torch, "float32")], [])
+
+
+def test_the_program_lives_as_long_as_a_call_may_use_it(fast):
+    """Another thread may be in it when weights change here."""
+    held, number = fast._direct, fast.plan.prepare().whole.number
+    with torch.no_grad():
+        fast.classifier[1].weight.mul_(2)
+    fast(X)
+    torch.ops.fastconv.program_run(X, number)
+    del held
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"no program {number}"):
+        torch.ops.fastconv.program_run(X, number)
+
+
+def test_a_model_calls_directly_where_no_gradients_are_on():
+    torch.manual_seed(0)
+    model = fastconv.models.get_model("mobilenet_v2", width_mult=0.25, num_classes=10).eval()
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.equal(direct(model), expected)
+        assert torch.equal(model(X), expected)
+    assert direct(model) is None
+    model(X).sum().backward()
+    assert model.classifier[1].weight.grad is not None
+    model.requires_grad_(False)
+    assert torch.equal(model(X), expected)
+    model.train()
+    with torch.no_grad():
+        assert direct(model) is None

@@ -1049,6 +1049,29 @@ def test_threads_see_a_change():
     run_threads(8, work)
 
 
+def test_a_write_while_the_watch_is_made_is_seen(monkeypatch):
+    """As another thread's: after Python has read the versions, before C++ does."""
+    from fastconv import _C
+
+    fast = optimize(small())
+    run(fast, X)
+    first, *_, last = (parameter for parameter in fast.parameters() if parameter.dim() == 4)
+    make = _C.Watch
+
+    def late(*args):
+        monkeypatch.setattr(_C, "Watch", make)
+        with torch.no_grad():
+            last.mul_(3)
+        return make(*args)
+
+    with torch.no_grad():
+        first.mul_(2)
+    monkeypatch.setattr(_C, "Watch", late)
+    run(fast, X)
+    assert _C.Watch is make
+    assert error(run(fast, X), run(revert(fast), X)) < 1e-6
+
+
 def test_other_threads_run_while_one_traces():
     models = [small() for _ in range(3)]
     expected = [run(model, X) for model in models]

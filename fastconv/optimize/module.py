@@ -13,7 +13,6 @@ from fastconv.optimize import graphs
 from fastconv.optimize.graphs import Graphs
 from fastconv.optimize.plan import Plan
 from fastconv.optimize.traced import Traced, compiled
-from fastconv.optimize.whole import Direct
 
 _making = threading.Lock()
 
@@ -27,9 +26,7 @@ class OptimizedModule(Traced):
 
     cuda_graphs: bool = True
     reuse_outputs: bool = False
-    _plan: Plan | None = None
     _graphs: Graphs | None = None
-    _direct: Direct | None = None  # what most calls are
 
     def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
         super().__init__()
@@ -44,15 +41,6 @@ class OptimizedModule(Traced):
         if plan is None:
             plan = self._plan = Plan(self._original, exact=self.exact)
         return plan
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() and len(args) == 1 and not kwargs:
-            if self._direct is not None and (y := self._direct(self, args[0])) is not None:
-                return y
-            y = super().__call__(*args)
-            self._direct = self._plan.direct() if self._plan is not None else None
-            return y
-        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
@@ -118,7 +106,7 @@ class OptimizedModule(Traced):
             return getattr(self._original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key not in ("_graphs", "_direct")}
+        return {key: value for key, value in super().__getstate__().items() if key != "_graphs"}
 
 
 def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> OptimizedModule:

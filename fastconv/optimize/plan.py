@@ -62,6 +62,10 @@ def _version_or_none(tensor: Tensor) -> int | None:
         return None
 
 
+def _states(tensors: list[Tensor]) -> list[tuple[int, int, int | None]]:
+    return [(id(tensor), tensor.data_ptr(), _version_or_none(tensor)) for tensor in tensors]
+
+
 class Watch:
     """Notices when the parameters, buffers, submodules or hooks that a plan was made from have changed."""
 
@@ -70,8 +74,7 @@ class Watch:
         self.places = [source.place() for source in sources]
         self.owners, self.keys = [source.owner for source in sources], [source.key for source in sources]
         self.tensors = [source.tensor() for source in sources]
-        states = [(id(tensor), tensor.data_ptr(), _version_or_none(tensor)) for tensor in self.tensors]
-        self.states = states
+        states = self.states = _states(self.tensors)
         self.held = [tensor.detach() for tensor in self.tensors]  # their memory is not given to the next weight while this watch lasts
         # A weight moved by `.to()` keeps its identity and version, not its address.
         self.counted = [tensor for tensor, state in zip(self.tensors, states) if state[2] is not None]
@@ -84,12 +87,13 @@ class Watch:
         self.children_then = [dict(children) for children in self.children]
         self.hooks = [hooked(child) for child in self.modules]
         self.handles = RemovableHandle.next_id
-        # The same comparisons in C++, which takes a third of the time.
+        # The same comparisons in C++, which takes a third of the time; unless another thread writes meanwhile, and both saw other states.
         self.quick = None
         if _extension.available:
             from fastconv import _C
 
-            self.quick = _C.Watch(self.tensors, self.owners, self.keys, self.counted, self.addressed, self.children)
+            quick = _C.Watch(self.tensors, self.owners, self.keys, self.counted, self.addressed, self.children)
+            self.quick = quick if _states(self.tensors) == states else None
 
     def same_structure(self) -> bool:
         if self.children != self.children_then:
@@ -396,13 +400,13 @@ class Plan:
             return getattr(self.module, self.method)(*args, **kwargs)
         return self.run(*args)
 
-    def direct(self) -> Direct | None:
-        """`Whole.direct` for the weights that were last prepared and the hooks that there are now."""
+    def direct(self, off: list[Callable[[], object]]) -> Direct | None:
+        """`Whole.direct` for the weights that were last prepared and the hooks that there are now; off: always the same."""
         ready, handles = self._ready, RemovableHandle.next_id
         if ready is None or ready.whole is None or ready.watch.quick is None or ready.watch.handles != handles:
             return None
         if self._direct is None or self._direct[0] is not ready or self._direct[1] != handles:
-            self._direct = ready, handles, ready.whole.direct(ready.watch.quick)
+            self._direct = ready, handles, ready.whole.direct(ready.watch.quick, off)
         return self._direct[2]
 
     def run(self, *args: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Planned(Traced):
     once. It is a cache: absent from state_dict, and neither pickled nor copied.
     """
 
-    _plan: Plan | None = None
+    _off: ClassVar = [torch.is_grad_enabled]  # a parameter may want its gradient
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _forward")
@@ -49,13 +49,13 @@ class Planned(Traced):
 
     def train(self, mode: bool = True) -> Planned:
         if any(module.training != mode for module in self.modules()):
-            self._plan = None
+            self._plan = self._direct = None
             if not mode:
                 buffers.clear()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Planned:
-        self._plan = None
+        self._plan = self._direct = None
         return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self) -> Planned:

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,7 @@ from fastconv.optimize.layers import Kernel, Layer
 
 if TYPE_CHECKING:
     from fastconv.optimize.plan import Plan, Program
+    from fastconv.optimize.whole import Direct
 
 T = TypeVar("T")
 
@@ -46,6 +47,20 @@ class Traced(nn.Module):
 
     _key: str | None = None
     _captured: Program | None = None
+    _plan: Plan | None = None
+    _direct: Direct | None = None  # what most calls in eval mode are
+    _off: ClassVar[list[Callable[[], object]]] = []  # while one of these says true, no call is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or len(args) != 1 or kwargs:
+            return super().__call__(*args, **kwargs)
+        direct = self._direct
+        if direct is not None and (y := direct(self, args[0])) is not None:
+            return y
+        y = super().__call__(*args)
+        plan = self._plan
+        self._direct = plan.direct(self._off) if plan is not None else None
+        return y
 
     def _plan_now(self) -> Plan:
         raise NotImplementedError
@@ -78,7 +93,7 @@ class Traced(nn.Module):
     _key_now._dynamo_marked_constant = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_plan", "_key", "_captured")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_plan", "_direct", "_key", "_captured")}
 
 
 def compiled(module: Traced, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -58,14 +58,16 @@ class Whole:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.fastconv.program_run.default(x, self.number, self.flatten)
 
-    def direct(self, watch: object) -> Direct | None:
-        """The same in one step, as long as `watch`, a _C.Watch, sees no change. None where results are images, to be put in x's format."""
+    def direct(self, watch: object, off: list[Callable[[], object]]) -> Direct | None:
+        """The same in one step, as long as `watch`, a _C.Watch, sees no change and no function in `off` says true. None where results are
+        images, to be put in x's format."""
         from fastconv import _C
 
         if not self.flatten:
             return None
         fixed = [*_FIXED, (RemovableHandle, "next_id", RemovableHandle.next_id)]  # no hook has been registered since
-        return _C.Direct(watch, torch.ops.fastconv.program_run.default._op, (self.number, self.flatten), _EMPTY, fixed, _OFF)
+        op = torch.ops.fastconv.program_run.default._op
+        return _C.Direct(self, watch, op, (self.number, self.flatten), _EMPTY, fixed, [*_OFF, *off])
 
     def times(self, x: Tensor) -> list[tuple[int, float]]:
         """What the steps of one call take: (layers that the call chained into one step, microseconds), in order."""
