@@ -144,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(training_activated);
   KERNEL(training_means);
   KERNEL(training_gradient_sums);
+  KERNEL(training_max_pool);
   KERNEL(training_max_pool_backward);
   KERNEL(training_fire);
   KERNEL(training_fire_backward);

@@ -59,6 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   bool needs_bias, OptionalTensor out);
 Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1,
                      Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor out);
+Tensor training_max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode, OptionalTensor out);
 Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
                                                                                           Tensor squeeze_weight,

@@ -579,6 +579,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
   return {returned(out, dx), dsqueeze, dsqueeze_bias, dweight1, dbias1, dweight3, dbias3};
 }
 
+Tensor training_max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode, OptionalTensor out) {
+  const char* op = "training_max_pool";
+  check_images(op, "x", x);
+  const StepPointer step = max_pool_step(std::move(stride), std::move(padding), ceil_mode);
+  const Shape in = shape_like(x), pooled = step->output(in);
+  const Image image(x);
+  Tensor y = result_image(op, out, pooled);
+  float* const to = mutable_data(y);
+  in_parallel(step->multiply_adds(in, pooled),
+              [&](const Parallel& parallel) { step->run(channels_last(image.data, in), {}, channels_last(to, pooled), parallel); });
+  return returned(out, y);
+}
+
 Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out) {
   const char* op = "training_max_pool_backward";
   check_images(op, "x", x);

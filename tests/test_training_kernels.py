@@ -357,6 +357,8 @@ def test_operators_refuse_what_does_not_fit():
     y = torch.randn(2, 8, 6, 6)
     with pytest.raises(RuntimeError, match=r"training_gradient_sums: dz must be \(2, 8, 6, 6\), got \(2, 8, 6, 5\)"):
         ops.training_gradient_sums(torch.randn(2, 8, 6, 5), None, y, None, None)
+    with pytest.raises(RuntimeError, match=r"training_max_pool: out must be \(2, 8, 2, 2\), got \(2, 8, 3, 3\)"):
+        ops.training_max_pool(x, [2, 2], [0, 0], False, torch.randn(2, 8, 3, 3))
     with pytest.raises(RuntimeError, match="training_max_pool_backward: dz must be of the pooled image's shape"):
         ops.training_max_pool_backward(torch.randn(2, 8, 4, 4), x, [2, 2], [0, 0], None)
 

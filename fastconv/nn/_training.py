@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastconv import _extension, reference
 from fastconv._buffers import buffers
 from fastconv.nn._conv import KernelConv2d
+from fastconv.ops import _checks
 from fastconv.optimize.plan import plain
 from fastconv.optimize.planned import Planned
 from fastconv.optimize.trace import hooked
@@ -549,7 +550,11 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx, x, stride, padding, ceil_mode):
         ctx.save_for_backward(x)
         ctx.stride, ctx.padding, ctx.ceil_mode = stride, padding, ceil_mode
-        return torch.ops.fastconv.max_pool(x, stride, padding, ceil_mode)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return torch.ops.fastconv.max_pool(x, stride, padding, ceil_mode)
+        y = buffers.image(_checks.max_pool(x, stride, padding, ceil_mode))
+        torch.ops.fastconv.training_max_pool(x, stride, padding, ceil_mode, y)
+        return y
 
     @staticmethod
     def backward(ctx, dz):
@@ -582,12 +587,21 @@ def _noise(like: Tensor, p: float, generator: torch.Generator | None = None) -> 
     """0 with probability p, else 1 / (1 - p), from the random numbers of torch.nn.functional.dropout, in the order of memory.
 
     Tensor.bernoulli_ draws a double for each element through a function call: 14 ns of one core; uniform_ draws the same in 5."""
-    noise = torch.empty_like(like)
+    noise = _empty_like(like)
     flat = noise.as_strided((noise.numel(),), (1,))
     uniform = torch.empty(min(_DROPOUT_CHUNK, flat.numel()), dtype=torch.float64)
     for part in flat.split(_DROPOUT_CHUNK):
         torch.lt(uniform[: part.numel()].uniform_(generator=generator), 1 - p, out=part)
     return noise.div_(1 - p)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    image = x.dim() == 4 and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+    return buffers.image(x.shape) if image else torch.empty_like(x)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.mul(x, y, out=_empty_like(x))
 
 
 @functools.cache
@@ -606,11 +620,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, p):
         noise = _noise(x, p)
         ctx.save_for_backward(noise)
-        return x * noise
+        return _product(x, noise)
 
     @staticmethod
     def backward(ctx, dz):
-        return dz * ctx.saved_tensors[0], None
+        (noise,) = ctx.saved_tensors
+        return (dz * noise if torch.is_grad_enabled() else _product(dz, noise)), None
 
 
 class _MeanOfPixels(torch.autograd.Function):
