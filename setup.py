@@ -39,7 +39,7 @@ ISAS = ISA_FLAGS.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machin
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 # Contraction gives every acc += x * w one FMA; no other fast-math, so NaN, Inf and -0 behave as in ATen.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-PYTHON_ONLY = ("module", "watch", "benchmark")  # sources of csrc that serve the Python module, not the operators
+PYTHON_ONLY = ("module", "watch", "direct", "benchmark")  # sources of csrc that serve the Python module, not the operators
 HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
 # What checks arguments and lays out memory is hardened; the kernels' inner loops have no arrays that these would guard.
 CHECKED = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]

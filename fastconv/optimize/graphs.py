@@ -249,7 +249,7 @@ class Graphs:
         if not self._warned:
             self._warned = True
             text = f"fastconv: calls with {_described(key)} run without a CUDA graph ({reason})"
-            warnings.warn(f"{text}; `cuda_graphs = False` on the module asks for that", RuntimeWarning, stacklevel=7)
+            warnings.warn(f"{text}; `cuda_graphs = False` on the module asks for that", RuntimeWarning, stacklevel=8)
 
 
 _FORMATS = {True: torch.channels_last, False: torch.contiguous_format}

@@ -44,7 +44,7 @@ def build() -> Path:
     options = ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address", *UNDEFINED, "-DFASTCONV_EXACT_SCRATCH", "-w"]
     jobs = programs.core_jobs(["scalar"], [*options, "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes])
     flags = jobs[-1][0]
-    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.stem not in ("module", "watch", "benchmark")]
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.stem not in ("module", "watch", "direct", "benchmark")]
     jobs += [(flags, ROOT / "kernels/cpu/training.cpp", "training_core")]
     jobs += [(flags, path, path.stem) for path in [*sources, ROOT / "tests/fuzz/operators.cpp"]]
     folder = ROOT / "build" / "fuzz"
