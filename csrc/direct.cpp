@@ -6,12 +6,6 @@ namespace fastconv {
 
 namespace {
 
-PyObject* interned(const char* name) {
-  PyObject* text = PyUnicode_InternFromString(name);
-  if (!text) throw py::error_already_set();
-  return text;
-}
-
 py::object attribute(PyObject* object, PyObject* name) {
   const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
   if (!value) throw py::error_already_set();

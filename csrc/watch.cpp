@@ -11,12 +11,6 @@ namespace {
 
 constexpr uintptr_t LINE = 64;
 
-PyObject* interned(const char* name) {
-  PyObject* text = PyUnicode_InternFromString(name);
-  if (!text) throw py::error_already_set();
-  return text;
-}
-
 // The C functions behind Tensor._version and Tensor.data_ptr(), for plain tensors and parameters: finding them by name anew took half the
 // time of a check. Null where a torch defines them otherwise; then they are asked for by name.
 struct Accessors {
@@ -78,6 +72,12 @@ uint64_t tag_of(PyObject* dict) {
 }
 
 }  // namespace
+
+PyObject* interned(const char* name) {
+  PyObject* text = PyUnicode_InternFromString(name);
+  if (!text) throw py::error_already_set();
+  return text;
+}
 
 Watch::Watch(py::list tensors, py::list owners, py::list keys, py::list counted, py::list addressed, py::list children) {
   const auto add = [&](const void* address, uintptr_t bytes) {

@@ -11,6 +11,9 @@
 
 namespace fastconv {
 
+// A name for attributes and dictionaries, made once.
+PyObject* interned(const char* name);
+
 class Watch {
  public:
   // tensors[i] stands in the dictionary owners[i] under keys[i]; the `counted` ones count their in-place writes (_version), the `addressed`

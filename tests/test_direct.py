@@ -85,12 +85,19 @@ def test_hooks_of_the_module_run(fast):
     seen = []
     for register in (fast.register_forward_hook, fast.register_forward_pre_hook):
         handle = register(lambda *args: seen.append(args))
-        fast(X)
-        assert len(seen) == 1
+        for calls in (1, 2, 3):
+            fast(X)
+            assert len(seen) == calls
         seen.clear()
         handle.remove()
         fast(X)
         assert seen == []
+    for register in (fast.register_full_backward_hook, fast.register_full_backward_pre_hook):
+        handle = register(lambda *args: None)
+        fast(X)
+        assert direct(fast) is None
+        handle.remove()
+    fast(X)
     assert torch.equal(direct(fast), optimized().plan(X))  # and then it is direct again
 
 
@@ -107,13 +114,16 @@ def test_hooks_of_a_submodule_run(fast):
 
 def test_hooks_on_every_module_run(fast):
     seen = []
-    handle = modules.register_module_forward_hook(lambda *args: seen.append(args))
-    try:
-        assert direct(fast) is None
-        fast(X)
-        assert seen
-    finally:
-        handle.remove()
+    for register in (modules.register_module_forward_hook, modules.register_module_forward_pre_hook):
+        handle = register(lambda *args: seen.append(args))
+        try:
+            for _ in range(3):
+                assert direct(fast) is None
+                seen.clear()
+                fast(X)
+                assert seen
+        finally:
+            handle.remove()
 
 
 def test_modes_of_torch_are_the_modules_affair(fast):

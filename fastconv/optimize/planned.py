@@ -61,4 +61,5 @@ class Planned(Traced):
     def _replicate_for_data_parallel(self) -> Planned:
         replica = super()._replicate_for_data_parallel()
         replica.forward = replica._forward  # its weights are no parameters, which a plan needs
+        replica._plan = replica._direct = None
         return replica
