@@ -122,6 +122,8 @@ def test_hooks_on_every_module_run(fast):
                 seen.clear()
                 fast(X)
                 assert seen
+            fast.plan.prepare()  # by whatever calls the plan itself
+            assert fast.plan.direct(fast._off)(fast, X) is None
         finally:
             handle.remove()
 
