@@ -29,6 +29,7 @@ def python(file: str, test: str, breaks: str, find: str, replace: str) -> Mutant
     return Mutant(f"fastconv/{file}", breaks, find, replace, f"pytest {test}")
 
 
+SUMS_TEST = "pytest tests/test_inverted_residual.py -k squeeze_excitation"
 TILES_TEST = "pytest tests/test_training_kernels.py -k tiles"
 KERNELS_TEST = "pytest tests/test_training_kernels.py tests/test_training.py"
 
@@ -344,10 +345,10 @@ CONVOLUTIONS = [
         "left + 3 > op.width ? op.width : left + 3;\n    vec",
         "left + 3 > op.width ? op.width : left + 2;\n    vec",
     ),
-    core("pool.h", "exact avx2 inverted_residual", "a row's sums over another's", "to += 4 * sums_stride", "to += sums_stride"),
+    core("pool.h", SUMS_TEST, "a row's sums over another's", "to += 4 * sums_stride", "to += sums_stride"),
     core(
         "pool.h",
-        "exact avx2 inverted_residual",
+        SUMS_TEST,
         "rows that are left over not summed",
         "for (; row < rows; ++row, from += row_stride",
         "for (; row + 1 < rows; ++row, from += row_stride",
