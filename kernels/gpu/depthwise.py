@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import DepthwiseTile, Problem, config
-from .epilogue import activate
+from .epilogue import activate, await_previous
 
 RUNTIME = ("H", "W", "OH", "OW", "c_units", "pad_h", "pad_w", "tiles", "c_blocks")
 
@@ -33,13 +33,14 @@ def depthwise_kernel(
     x_ptr, taps_ptr, bias_ptr, y_ptr,
     H, W, OH, OW, c_units, pad_h, pad_w, tiles, c_blocks,
     K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    ACTIVATION: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN output rows of one image, by CHANNELS. x, y: NHWC; taps: (K*K, C).
 
     At stride 1 a pixel is loaded K (RUN - 1 + K) / RUN times, not K*K; those loads meet in L1. WIDE: an image passes 2^31 elements.
     """
     C = c_units * ALIGN
+    await_previous(PDL)
     # channel blocks vary fastest, so that neighbouring programs share the pixels' memory sectors
     pid = tl.program_id(0)
     c = (pid % c_blocks) * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,9 +1,19 @@
-"""Device code every kernel shares: the activation, and a dot product that is right in Triton's interpreter too."""
+"""Device code every kernel shares: its start, the activation, and a dot product that is right in Triton's interpreter too."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def await_previous(PDL: tl.constexpr):
+    """Programmatic dependent launch, from Hopper on: the next kernel may be launched while this one runs, and waits here until its
+    predecessor has ended and its results are in memory. Nothing is read or written before. (CUDA C++ Programming Guide, 4.5.)"""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

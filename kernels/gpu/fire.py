@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import Problem, StagedFireTile, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("H", "W", "in_units", "between_units", "units1x1", "units3x3", "tiles", "o_blocks")
 
@@ -19,7 +19,7 @@ def fire_kernel(
     H, W, in_units, between_units, units1x1, units3x3, tiles, o_blocks,
     ALIGN_IN: tl.constexpr, ALIGN_BETWEEN: tl.constexpr, ALIGN_1X1: tl.constexpr, ALIGN_3X3: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr,
-    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr,
+    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN rows of one image by CHANNELS of each expand. x, y: NHWC; w3x3: (O, 3, 3, S); others (out, in).
 
@@ -29,6 +29,7 @@ def fire_kernel(
     S = between_units * ALIGN_BETWEEN
     O1 = units1x1 * ALIGN_1X1
     O3 = units3x3 * ALIGN_3X3
+    await_previous(PDL)
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     mask1 = o < O1

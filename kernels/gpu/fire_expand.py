@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch
 from .configs import Problem, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("M", "H", "W", "image", "in_units", "units1x1", "units3x3", "o_blocks")
 
@@ -18,7 +18,7 @@ def fire_expand_kernel(
     x_ptr, w1x1_ptr, bias1x1_ptr, w3x3_ptr, bias3x3_ptr, y_ptr,
     M, H, W, image, in_units, units1x1, units3x3, o_blocks,
     ALIGN_IN: tl.constexpr, ALIGN_1X1: tl.constexpr, ALIGN_3X3: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: PIXELS of the M = N*H*W pixels by CHANNELS of each expand. x, y: NHWC; w1x1: (O, C); w3x3: (O, 3, 3, C).
 
@@ -27,6 +27,7 @@ def fire_expand_kernel(
     C = in_units * ALIGN_IN
     O1 = units1x1 * ALIGN_1X1
     O3 = units3x3 * ALIGN_3X3
+    await_previous(PDL)
     pid = tl.program_id(0)
     start = (pid // o_blocks).to(tl.int64) * PIXELS
     m = tl.arange(0, PIXELS)

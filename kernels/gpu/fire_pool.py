@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import Problem, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "in_units", "units1x1", "units3x3", "pad_h", "pad_w", "tiles", "o_blocks")
 
@@ -19,6 +19,7 @@ def fire_pool_kernel(
     H, W, OH, OW, in_units, units1x1, units3x3, pad_h, pad_w, tiles, o_blocks,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_1X1: tl.constexpr, ALIGN_3X3: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES pooled pixels of one image (RUN is 1) by CHANNELS of each expand. x, y: NHWC; w3x3: (O, 3, 3, C).
 
@@ -28,6 +29,7 @@ def fire_pool_kernel(
     C = in_units * ALIGN_IN
     O1 = units1x1 * ALIGN_1X1
     O3 = units3x3 * ALIGN_3X3
+    await_previous(PDL)
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     mask1 = o < O1

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .epilogue import await_previous
 
 PIXELS, CHANNELS = 16, 64  # of fp32 accumulators: eight a thread
 RUNTIME = ("rows", "pixels", "units", "c_blocks")
@@ -15,10 +16,11 @@ RUNTIME = ("rows", "pixels", "units", "c_blocks")
 @triton.jit(do_not_specialize=RUNTIME)
 def global_avg_pool_kernel(
     x_ptr, y_ptr, rows, pixels, units, c_blocks,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: all `rows` of one image by CHANNELS. x: (N, rows, C); y: (N, C)."""
     C = units * ALIGN
+    await_previous(PDL)
     pid = tl.program_id(0)
     c = (pid % c_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     n = (pid // c_blocks).to(tl.int64)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import launch
 from .configs import Problem, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("image", "in_units", "out_units", "o_blocks")
 
@@ -21,11 +21,12 @@ def head_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr,
     image, in_units, out_units, o_blocks,
     ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: all `image` pixels of one image, PIXELS at a time, by CHANNELS. x: NHWC; w: (O, C); y: (N, O)."""
     C = in_units * ALIGN_IN
     O = out_units * ALIGN_OUT  # noqa: E741
+    await_previous(PDL)
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     o_mask = o < O

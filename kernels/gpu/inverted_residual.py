@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import Problem, StagedTile, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "in_units", "between_units", "out_units", "pad_h", "pad_w", "tiles", "o_blocks", "e_blocks")
 
@@ -73,12 +73,13 @@ def inverted_residual_kernel(
     K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     ALIGN_IN: tl.constexpr, ALIGN_BETWEEN: tl.constexpr, ALIGN_OUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     EXPAND_ACTIVATION: tl.constexpr, DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, STEPS: tl.constexpr,
-    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr,
+    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN output rows of one image, by CHANNELS. x, residual, y: NHWC; taps: (K*K, E); weights: (out, in)."""
     C = in_units * ALIGN_IN
     E = between_units * ALIGN_BETWEEN
     O = out_units * ALIGN_OUT  # noqa: E741
+    await_previous(PDL)
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     o_mask = o < O
@@ -114,11 +115,12 @@ def expand_depthwise_kernel(
     H, W, OH, OW, in_units, between_units, pad_h, pad_w, tiles, e_blocks,
     K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_BETWEEN: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EXPAND_ACTIVATION: tl.constexpr, DEPTHWISE_ACTIVATION: tl.constexpr,
-    STEPS: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr,
+    STEPS: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr, DEPTH_IN: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN rows of one image by DEPTH expanded channels, and their sum. y: NHWC; sums: (N, tiles, E) fp32."""
     C = in_units * ALIGN_IN
     E = between_units * ALIGN_BETWEEN
+    await_previous(PDL)
     pid = tl.program_id(0)
     e = (pid % e_blocks) * DEPTH + tl.arange(0, DEPTH)
     pid = pid // e_blocks

@@ -118,7 +118,7 @@ class Launcher:
 
     Triton compiles in the first call. Later ones hand the compiled kernel its arguments themselves: finding it anew by the types and
     alignments of all arguments is most of what a launch costs. One variant is compiled for each dtype and pattern of tensors that are None
-    or do not lie at a multiple of 16 bytes. Launch hooks (profilers) and releases of Triton that are not known take Triton's way.
+    or do not lie at a multiple of 16 bytes. A kernel with a PDL follows the one before it as `epilogue.await_previous` says. Launch hooks (profilers) and releases of Triton that are not known take Triton's way.
 
     grid: the number of programs; numbers: the kernel's runtime arguments after its tensors; constants: by name, with compiler options.
     """
@@ -126,6 +126,9 @@ class Launcher:
     __slots__ = ("constants", "current", "device", "grid", "kernel", "numbers", "tail", "variants")
 
     def __init__(self, kernel: Any, device: torch.device, grid: int, numbers: tuple[int, ...], **constants: Any) -> None:
+        if "PDL" in kernel.arg_names:
+            follows = arch(device) == "sm_90"
+            constants |= {"PDL": follows} | ({"launch_pdl": True} if follows else {})
         self.kernel, self.device, self.grid, self.numbers, self.constants = kernel, device, grid, numbers, constants
         self.tail = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self.variants: dict[tuple, tuple] = {}

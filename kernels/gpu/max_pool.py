@@ -8,6 +8,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import PoolTile, Problem, config
+from .epilogue import await_previous
 
 RUNTIME = ("H", "W", "OH", "OW", "units", "pad_h", "pad_w", "tiles", "c_blocks")
 
@@ -22,13 +23,14 @@ def larger(a, b):
 def max_pool_kernel(
     x_ptr, y_ptr, H, W, OH, OW, units, pad_h, pad_w, tiles, c_blocks,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN output rows of one image by CHANNELS. x, y: NHWC.
 
     The maximum over a row's three columns serves every output row whose window holds that row.
     """
     C = units * ALIGN
+    await_previous(PDL)
     pid = tl.program_id(0)
     c = (pid % c_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     c_mask = c < C

@@ -1,6 +1,6 @@
 """Pointwise (1x1) convolution, a matrix product over pixels:
 
-y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o]), x scaled by a gate per image and channel if there is one
+y[m, o] = activation(sum over c of x[m, c] * w[o, c] + bias[o] + residual[m, o]), w scaled by a gate per image and channel if there is one
 """
 
 import functools
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import launch
 from .configs import Problem, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("M", "image", "in_units", "out_units", "o_blocks")
 
@@ -21,19 +21,28 @@ def pointwise_kernel(
     x_ptr, gate_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,
     M, image, in_units, out_units, o_blocks,
     ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: PIXELS of the M = N*H*W pixels by CHANNELS output channels. x, residual, y: NHWC; w: (Cout, Cin), as torch keeps it.
 
-    gate: (N, Cin), what each of an image's `image` pixels is multiplied by.
+    gate: (N, Cin), what each of an image's `image` pixels is multiplied by. A program's pixels then are of one image, and the gate
+    multiplies its weights, which are fewer than its pixels and need no product of their own for each.
     """
     C = in_units * ALIGN_IN
     O = out_units * ALIGN_OUT  # noqa: E741
+    await_previous(PDL)
     # blocks of output channels vary fastest, so that the programs sharing an x tile run together and find it in L2
     pid = tl.program_id(0)
-    start = (pid // o_blocks).to(tl.int64) * PIXELS
     m = tl.arange(0, PIXELS)
-    m_mask = m < M - start
+    if gate_ptr is not None:
+        tiles = tl.cdiv(image, PIXELS)
+        n = (pid // o_blocks // tiles).to(tl.int64)
+        first = pid // o_blocks % tiles * PIXELS
+        start = n * image + first
+        m_mask = m < image - first
+    else:
+        start = (pid // o_blocks).to(tl.int64) * PIXELS
+        m_mask = m < M - start
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     o_mask = o < O
     c = tl.arange(0, DEPTH)
@@ -44,11 +53,10 @@ def pointwise_kernel(
     for c0 in range(0, C, DEPTH):
         c_mask = c < C - c0
         x = tl.load(x_tile + c0, mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-        if gate_ptr is not None:
-            g = gate_ptr + ((start + m) // image)[:, None] * C + (c0 + c)[None, :]
-            g = tl.load(g, mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-            x = (x.to(tl.float32) * g.to(tl.float32)).to(x.dtype)
         w = tl.load(w_tile + c0, mask=c_mask[:, None] & o_mask[None, :], other=0.0)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + n * C + c0 + c, mask=c_mask, other=0.0).to(tl.float32)
+            w = (w.to(tl.float32) * gate[:, None]).to(w.dtype)
         acc = dot(x, w, acc, PRECISION)
 
     if bias_ptr is not None:
@@ -70,7 +78,7 @@ def pointwise(
 ) -> torch.Tensor:
     """x (N, Cin, H, W), weight (Cout, Cin, 1, 1), bias (Cout,), residual (N, Cout, H, W), gate (N, Cin, 1, 1), one dtype.
 
-    float32, float16 or bfloat16. The gate multiplies x as it is loaded. Arguments are not checked.
+    float32, float16 or bfloat16. The gate multiplies x, here by way of the weights. Arguments are not checked.
     """
     n, in_channels, height, width = x.shape
     out_channels = weight.shape[0]
@@ -78,20 +86,21 @@ def pointwise(
     if y.numel() == 0:
         return result
     x = launch.nhwc(x)
-    run = _launcher(x.device, x.dtype, launch.precision(x.dtype), n, in_channels, height, width, out_channels, activation)
+    run = _launcher(x.device, x.dtype, launch.precision(x.dtype), n, in_channels, height, width, out_channels, activation, gate is not None)
     run(x, launch.dense(gate), launch.kernel_order(weight), launch.dense(bias), launch.nhwc(residual), y)
     return result if result is y else result.copy_(y)
 
 
 @functools.lru_cache(maxsize=launch.SHAPES)
-def _launcher(device, dtype, precision, n, in_channels, height, width, out_channels, activation) -> launch.Launcher:
+def _launcher(device, dtype, precision, n, in_channels, height, width, out_channels, activation, gated) -> launch.Launcher:
     kind = "tf32" if precision == "tf32" else launch.DTYPES[dtype]
     tile = config(Problem("pointwise", kind, height, width, in_channels, out_channels), launch.arch(device))
     align_in, align_out = launch.alignment(in_channels), launch.alignment(out_channels)
-    pixels, o_blocks = n * height * width, triton.cdiv(out_channels, tile.channels)
+    image, o_blocks = height * width, triton.cdiv(out_channels, tile.channels)
+    tiles = n * triton.cdiv(image, tile.pixels) if gated else triton.cdiv(n * image, tile.pixels)
     return launch.Launcher(
-        pointwise_kernel, device, triton.cdiv(pixels, tile.pixels) * o_blocks,
-        (pixels, height * width, in_channels // align_in, out_channels // align_out, o_blocks),
+        pointwise_kernel, device, tiles * o_blocks,
+        (n * image, image, in_channels // align_in, out_channels // align_out, o_blocks),
         ALIGN_IN=align_in, ALIGN_OUT=align_out, PRECISION=precision, ACTIVATION=activation,
         PIXELS=tile.pixels, CHANNELS=tile.channels, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import Problem, StagedTile, config
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "in_units", "out_units", "pad_h", "pad_w", "tiles", "o_blocks")
 
@@ -22,7 +22,7 @@ def separable_kernel(
     H, W, OH, OW, in_units, out_units, pad_h, pad_w, tiles, o_blocks,
     K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, DEPTHWISE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr,
-    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES columns of RUN output rows of one image, by CHANNELS. x, residual, y: NHWC; taps: (K*K, C); w: (O, C).
 
@@ -30,6 +30,7 @@ def separable_kernel(
     """
     C = in_units * ALIGN_IN
     O = out_units * ALIGN_OUT  # noqa: E741
+    await_previous(PDL)
     # blocks of output channels vary fastest: the programs that share an input tile run together and find it in L2
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)

@@ -29,6 +29,17 @@ RUNTIME = ("H", "W", "OH", "OW", "in_units", "between_units", "out_units", "pad_
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7
 
 
+SINGLE = gl.constexpr("{ .reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xffff0000; mov.b32 $0, a; mov.b32 $1, b; }")
+
+
+@gluon.constexpr_function
+def clamp(dtype, activation):
+    """PTX: two fp32 values to 16 bits, at least 0 and, for relu6, at most 6; NaN stays NaN."""
+    kind, six = ("bf16x2", "0x40c040c0") if dtype == gl.bfloat16 else ("f16x2", "0x46004600")
+    convert = f"cvt.rn.relu.{kind}.f32 $0, $2, $1;"
+    return f"{{ .reg .b32 six; mov.b32 six, {six}; {convert} min.NaN.{kind} $0, $0, six; }}" if activation == "relu6" else convert
+
+
 @gluon.constexpr_function
 def up(n):
     """The next power of two, which tensors need."""
@@ -97,8 +108,17 @@ def pixel_of(
 
 
 @gluon.jit
+def await_previous(PDL: gl.constexpr):
+    """As epilogue.await_previous, whose functions Gluon does not take."""
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@gluon.jit
 def activate(x, ACTIVATION: gl.constexpr):
-    """As epilogue.activate, whose functions Gluon does not take."""
+    """As epilogue.activate."""
     if ACTIVATION == "relu":
         x = gl.maximum(x, 0.0, propagate_nan=NAN)
     elif ACTIVATION == "relu6":
@@ -117,6 +137,37 @@ def activate(x, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def rounded(x, ACTIVATION: gl.constexpr, dtype: gl.constexpr):
+    """activate(x) in 16 bits. Two values an instruction where clamping after rounding gives the same."""
+    if ACTIVATION == "relu" or ACTIVATION == "relu6":
+        if dtype == gl.bfloat16:  # its name, for a constexpr is none to this function
+            x = gl.inline_asm_elementwise(clamp(dtype, ACTIVATION), "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+        else:
+            x = gl.inline_asm_elementwise(clamp(dtype, ACTIVATION), "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2)
+    else:
+        x = activate(x, ACTIVATION).to(dtype)
+    return x
+
+
+@gluon.jit
+def kept(x, keep):
+    """x where keep is -1, 0 where it is 0, two values an instruction."""
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [x.to(gl.int16, bitcast=True), keep], dtype=gl.int16, is_pure=True, pack=2
+    ).to(x.dtype, bitcast=True)  # fmt: skip
+
+
+@gluon.jit
+def single(x):
+    """x in fp32: of two bf16 values, which lie in one register, each by one instruction."""
+    if x.dtype == gl.bfloat16:
+        x = gl.inline_asm_elementwise(SINGLE, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        x = x.to(gl.float32)
+    return x
+
+
+@gluon.jit
 def put(rows, R: gl.constexpr, tile):
     return rows[:R] + (tile,) + rows[R + 1 :]
 
@@ -124,15 +175,15 @@ def put(rows, R: gl.constexpr, tile):
 @gluon.jit
 def window(region, start, dtype: gl.constexpr, LANES: gl.constexpr, DEPTH: gl.constexpr, layout: gl.constexpr):
     """LANES pixels of the region from `start` on."""
-    return region.index(start * (DEPTH // 8 + 1))._reinterpret(dtype, [LANES, DEPTH], padded(LANES, DEPTH)).load(layout).to(gl.float32)
+    return region.index(start * (DEPTH // 8 + 1))._reinterpret(dtype, [LANES, DEPTH], padded(LANES, DEPTH)).load(layout)
 
 
 @gluon.jit
-def depthwise_row(rows, x, taps_ptr, e, E, kw, ROW: gl.constexpr, K: gl.constexpr, STRIDE_H: gl.constexpr, RUN: gl.constexpr):
-    """As march.depthwise_row."""
+def depthwise_row(rows, x, taps, ROW: gl.constexpr, K: gl.constexpr, STRIDE_H: gl.constexpr, RUN: gl.constexpr):
+    """As march.depthwise_row, with the taps of one column."""
     for kh in gl.static_range(K):
         if kh <= ROW and (ROW - kh) % STRIDE_H == 0 and (ROW - kh) // STRIDE_H < RUN:
-            w = gl.load(taps_ptr + (kh * K + kw) * E + e, mask=e < E, other=0.0).to(gl.float32)
+            w = taps[kh]
             rows = put(rows, (ROW - kh) // STRIDE_H, rows[(ROW - kh) // STRIDE_H] + x * w[None, :])
     return rows
 
@@ -147,6 +198,25 @@ def expand_weights(expand_ptr, expand_bias_ptr, e, c, C, E, SPARE: gl.constexpr)
     return w
 
 
+@gluon.jit
+def outputs(
+    LAYOUT: gl.constexpr, first_h, first_w, OH, OW, O,  # noqa: E741
+    STRIPS: gl.constexpr, RUN: gl.constexpr, COLUMNS: gl.constexpr, LANES: gl.constexpr, WIDE_COLUMNS: gl.constexpr,
+    SLOTS: gl.constexpr, CHANNELS: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Where in an image of results each of the program's belongs, and whether it does."""
+    slot = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))
+    o = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, LAYOUT))
+    strip = slot % LANES // WIDE_COLUMNS
+    column = slot % LANES % WIDE_COLUMNS
+    oh = first_h + strip * RUN + slot // LANES
+    ow = first_w + column
+    valid = (slot < RUN * LANES) & (strip < STRIPS) & (column < COLUMNS) & (oh < OH) & (ow < OW)
+    if WIDE:
+        oh = oh.to(gl.int64)
+    return (oh * OW + ow)[:, None] * O + o[None, :], valid[:, None] & (o < O)[None, :]
+
+
 @gluon.jit(do_not_specialize=RUNTIME)
 def staged_kernel(
     x_ptr, expand_ptr, expand_bias_ptr, taps_ptr, depthwise_bias_ptr, project_ptr, project_bias_ptr, residual_ptr, y_ptr, sums_ptr,
@@ -156,7 +226,7 @@ def staged_kernel(
     EXPAND: gl.constexpr, PROJECT: gl.constexpr, SPARE: gl.constexpr, PARTIAL: gl.constexpr,
     EXPAND_ACTIVATION: gl.constexpr, DEPTHWISE_ACTIVATION: gl.constexpr, ACTIVATION: gl.constexpr,
     STRIPS: gl.constexpr, RUN: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr, DEPTH_IN: gl.constexpr,
-    WARPS: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr = False,
 ):  # fmt: skip
     """One program: STRIPS * RUN rows by COLUMNS columns of one image's output, all its channels. x, residual, y: NHWC; taps: (K*K, E).
 
@@ -176,6 +246,7 @@ def staged_kernel(
     X_DEPTH: gl.constexpr = DEPTH_IN if EXPAND else DEPTH
     gl.static_assert(EXTRA <= PERIOD, "a strip's rows reach beyond the next strip")
 
+    await_previous(PDL)
     pid = gl.program_id(0)
     tile = pid % (tiles_h * tiles_w)
     n = (pid // (tiles_h * tiles_w)).to(gl.int64)
@@ -198,6 +269,14 @@ def staged_kernel(
     # 16 bytes are the unit of its addresses
     region = gl.allocate_shared_memory(dtype, [(PIXELS + LANES) * (DEPTH // 8 + 1), 1, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     whole = region.index(0)._reinterpret(dtype, [PIXELS, DEPTH], padded(PIXELS, DEPTH))
+
+    TAPS: gl.constexpr = up(K * K)
+    TAPS_W: gl.constexpr = wide(DEPTH, WARPS)
+    taps_shared = gl.allocate_shared_memory(dtype, [TAPS, DEPTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tap = gl.arange(0, TAPS, layout=gl.SliceLayout(1, TAPS_W))
+    e_of_tap = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, TAPS_W))
+    taps_at = taps_ptr + tap[:, None] * E + e_of_tap[None, :]
+    taps_tile = gl.load(taps_at, mask=(tap < K * K)[:, None] & (e_of_tap < E)[None, :], other=0.0)
 
     if EXPAND:
         x = gl.load(x_pixels, mask=inside[:, None] & (c < C)[None, :], other=0.0)
@@ -232,7 +311,17 @@ def staged_kernel(
         e_of_w = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, PROJECT_W))
         project_w = project_ptr + o_row[:, None] * E + e_of_w[None, :]
         project_tile = gl.load(project_w, mask=(o_row < O)[:, None] & (e_of_w < E)[None, :], other=0.0)
-        acc = warpgroup_mma_init(gl.zeros((SLOTS, CHANNELS), gl.float32, layout=product(SLOTS, CHANNELS, WARPS)))
+        # the sums begin with bias and residual, whose pixels x has just brought into L1
+        SUMS: gl.constexpr = product(SLOTS, CHANNELS, WARPS)
+        y_at, y_mask = outputs(SUMS, first_h, first_w, OH, OW, O, STRIPS, RUN, COLUMNS, LANES, WIDE_COLUMNS, SLOTS, CHANNELS, WIDE)
+        acc = gl.zeros((SLOTS, CHANNELS), gl.float32, layout=SUMS)
+        y_image = n * OH * OW * O
+        if residual_ptr is not None:
+            acc += gl.load(residual_ptr + y_image + y_at, mask=y_mask, other=0.0).to(gl.float32)
+        if project_bias_ptr is not None:
+            o = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, SUMS))
+            acc += gl.load(project_bias_ptr + o, mask=o < O, other=0.0).to(gl.float32)[None, :]
+        acc = warpgroup_mma_init(acc)
     else:
         lane = gl.arange(0, LANES, layout=gl.SliceLayout(1, MARCH))
         lane_h = first_h + lane // WIDE_COLUMNS * RUN
@@ -241,27 +330,32 @@ def staged_kernel(
         lane_valid = (lane // WIDE_COLUMNS < STRIPS) & (lane % WIDE_COLUMNS < COLUMNS) & (lane_w < OW)
 
     # Weights are loaded a chunk ahead (x without an expansion is not). A barrier after each of expand weights, region and rows is written.
+    gl.assume(E > 0)
     for e0 in range(0, E, DEPTH):
         if EXPAND:
             expand_shared.store(expand_tile)
             fence_async_shared()
             zero = gl.zeros((PIXELS, DEPTH), gl.float32, layout=EXPANDED)
             value = warpgroup_mma(x_shared, expand_shared.permute((1, 0)), zero, is_async=True)
-            expand_tile = expand_weights(expand_ptr, expand_bias_ptr, e0 + DEPTH + e_row, c_row, C, E, SPARE)
             if PROJECT:
                 value, acc = warpgroup_mma_wait(0, deps=[value, acc])
             else:
                 value = warpgroup_mma_wait(0, deps=[value])
             if expand_bias_ptr is not None and not SPARE:
                 value += gl.load(expand_bias_ptr + e0 + e_column, mask=e0 + e_column < E, other=0.0).to(gl.float32)[None, :]
-            value = activate(value, EXPAND_ACTIVATION)
             if MASKED:
                 value = gl.where(inside_e[:, None], value, 0.0)
-            whole.store(value.to(dtype))
+            value = rounded(value, EXPAND_ACTIVATION, dtype)
+            if EXPAND_ACTIVATION == "hardsigmoid":
+                value = gl.where(inside_e[:, None], value, gl.zeros_like(value))
+            whole.store(value)
         else:
             if PROJECT:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             whole.store(gl.load(x_pixels + e0, mask=inside[:, None] & (e0 + c < C)[None, :], other=0.0))
+        taps_shared._reinterpret(dtype, [TAPS, DEPTH], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).store(taps_tile)
+        if PROJECT:
+            project_shared.store(project_tile)
         barrier()  # here and not in the loop below
 
         e = e0 + gl.arange(0, DEPTH, layout=gl.SliceLayout(0, MARCH))
@@ -273,19 +367,29 @@ def staged_kernel(
             rows = rows + (first,)
         for kw in range(K):  # not unrolled: the taps of one column stay in registers
             phase = kw % STRIDE_W * (ROWS * WIDE_COLUMNS) + kw // STRIDE_W
+            taps = ()
+            for kh in gl.static_range(K):
+                w = taps_shared.index(kh * K + kw).load(gl.SliceLayout(0, MARCH))
+                w = single(w)
+                taps = taps + (w,)
             for row in gl.static_range((RUN - 1) * STRIDE_H + K):
                 x_row = window(region, phase + row_start(row, STRIPS, PERIOD, EXTRA, WIDE_COLUMNS), dtype, LANES, DEPTH, MARCH)
-                rows = depthwise_row(rows, x_row, taps_ptr, e, E, kw, row, K, STRIDE_H, RUN)
+                x_row = single(x_row)
+                rows = depthwise_row(rows, x_row, taps, row, K, STRIDE_H, RUN)
+        # the next chunk's, now that the rows above leave registers
+        left = E - e0 - DEPTH
+        taps_tile = gl.load(taps_at + e0 + DEPTH, mask=(tap < K * K)[:, None] & (e_of_tap < left)[None, :], other=0.0)
+        if EXPAND:
+            expand_tile = expand_weights(expand_ptr, expand_bias_ptr, e0 + DEPTH + e_row, c_row, C, E, SPARE)
         if PROJECT:
-            project_shared.store(project_tile)
-            project_tile = gl.load(
-                project_w + e0 + DEPTH, mask=(o_row < O)[:, None] & (e0 + DEPTH + e_of_w < E)[None, :], other=0.0
-            )  # fmt: skip
+            project_tile = gl.load(project_w + e0 + DEPTH, mask=(o_row < O)[:, None] & (e_of_w < left)[None, :], other=0.0)
+            if PARTIAL and EXPAND:
+                keep = gl.where(e < E, -1, 0).to(gl.int16)
             for r in gl.static_range(RUN):
-                d = activate(rows[r], DEPTHWISE_ACTIVATION)
+                d = rounded(rows[r], DEPTHWISE_ACTIVATION, dtype)
                 if PARTIAL and EXPAND:  # an infinite x times the zeros that pad the expand weights is NaN
-                    d = gl.where((e < E)[None, :], d, 0.0)
-                rows_shared.slice(r * LANES, LANES, 0).store(d.to(dtype))
+                    d = kept(d, keep[None, :])
+                rows_shared.slice(r * LANES, LANES, 0).store(d)
             fence_async_shared()
             acc = warpgroup_mma(rows_shared, project_shared.permute((1, 0)), acc, is_async=True)
         else:
@@ -303,24 +407,11 @@ def staged_kernel(
 
     if PROJECT:
         OUT: gl.constexpr = wide(CHANNELS, WARPS)
-        y = gl.convert_layout(warpgroup_mma_wait(0, deps=[acc]), OUT)
-        slot = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, OUT))
-        o = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, OUT))
-        strip = slot % LANES // WIDE_COLUMNS
-        column = slot % LANES % WIDE_COLUMNS
-        oh = first_h + strip * RUN + slot // LANES
-        ow = first_w + column
-        valid = (slot < RUN * LANES) & (strip < STRIPS) & (column < COLUMNS) & (oh < OH) & (ow < OW)
-        mask = valid[:, None] & (o < O)[None, :]
-        if WIDE:
-            oh = oh.to(gl.int64)
-        offset = (oh * OW + ow)[:, None] * O + o[None, :]
-        image = n * OH * OW * O
-        if project_bias_ptr is not None:
-            y += gl.load(project_bias_ptr + o, mask=o < O, other=0.0).to(gl.float32)[None, :]
-        if residual_ptr is not None:
-            y += gl.load(residual_ptr + image + offset, mask=mask, other=0.0).to(gl.float32)
-        gl.store(y_ptr + image + offset, activate(y, ACTIVATION).to(dtype), mask=mask)
+        staging = gl.allocate_shared_memory(dtype, [SLOTS, CHANNELS], padded(SLOTS, CHANNELS))
+        staging.store(rounded(warpgroup_mma_wait(0, deps=[acc]), ACTIVATION, dtype))
+        y = staging.load(OUT)
+        y_at, y_mask = outputs(OUT, first_h, first_w, OH, OW, O, STRIPS, RUN, COLUMNS, LANES, WIDE_COLUMNS, SLOTS, CHANNELS, WIDE)
+        gl.store(y_ptr + y_image + y_at, y, mask=y_mask)
 
 
 def separable(

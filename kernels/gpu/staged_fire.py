@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import launch
 from .configs import SIDE, StagedFireTile, padded
-from .staged import activate, barrier, product, shared, wide
+from .staged import activate, await_previous, barrier, product, shared, wide
 from .staged import padded as padded_rows
 
 RUNTIME = ("H", "W", "in_units", "between_units", "units_1x1", "units_3x3", "tiles_h", "tiles_w")
@@ -28,8 +28,14 @@ def window_operand(region, START: gl.constexpr, dtype: gl.constexpr, PIXELS: gl.
 
 
 @gluon.jit
+def tap_weights(weights_shared, last_shared, TAP: gl.constexpr, CHANNELS: gl.constexpr):
+    """Those of a tap. Nine as rows of one allocation would be no power of two, and as its first index a barrier between each two stores."""
+    return last_shared if TAP == 8 else weights_shared.slice(TAP * CHANNELS, CHANNELS, 0)
+
+
+@gluon.jit
 def expand(
-    region, weights_shared, w_ptr, bias_ptr, y_image, pixel, valid, first, O, E, stride_y, offset_y,  # noqa: E741
+    region, weights_shared, last_shared, w_ptr, bias_ptr, y_image, pixel, valid, first, O, E, stride_y, offset_y,  # noqa: E741
     TAPS: gl.constexpr, dtype: gl.constexpr, SIDE: gl.constexpr, PIXELS: gl.constexpr, CHANNELS: gl.constexpr, BETWEEN: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -43,13 +49,13 @@ def expand(
     mask = (o_row < O)[:, None] & (e < E)[None, :]
     for tap in gl.static_range(TAPS):
         w = gl.load(w_ptr + (o_row * TAPS + tap)[:, None] * E + e[None, :], mask=mask, other=0.0)
-        weights_shared.index(tap).store(w)
+        tap_weights(weights_shared, last_shared, tap, CHANNELS).store(w)
     fence_async_shared()
     barrier()
     acc = warpgroup_mma_init(gl.zeros((PIXELS, CHANNELS), gl.float32, layout=RESULT))
     x = window_operand(region, 0 if TAPS == 9 else SIDE + 1, dtype, PIXELS, BETWEEN, OPERAND)
     for tap in gl.static_range(TAPS):
-        acc = warpgroup_mma(x, weights_shared.index(tap).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(x, tap_weights(weights_shared, last_shared, tap, CHANNELS).permute((1, 0)), acc, is_async=True)
         if tap + 1 < TAPS:  # the next window while the product runs, which reads x until the wait
             following = window_operand(region, (tap + 1) // 3 * SIDE + (tap + 1) % 3, dtype, PIXELS, BETWEEN, OPERAND)
             acc, x = warpgroup_mma_wait(0, deps=[acc, x])
@@ -70,6 +76,7 @@ def staged_fire_kernel(
     H, W, in_units, between_units, units_1x1, units_3x3, tiles_h, tiles_w,
     ALIGN_IN: gl.constexpr, ALIGN_BETWEEN: gl.constexpr, ALIGN_1X1: gl.constexpr, ALIGN_3X3: gl.constexpr, WIDE: gl.constexpr,
     SIDE: gl.constexpr, CHANNELS: gl.constexpr, BETWEEN: gl.constexpr, DEPTH_IN: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr = False,
 ):  # fmt: skip
     """x (N, H, W, C), y (N, H, W, O1 + O3), squeeze (E, C), w1 (O1, E), w3 (O3, 3, 3, E). SIDE: of the region, two more than of a tile."""
     C = in_units * ALIGN_IN
@@ -79,6 +86,7 @@ def staged_fire_kernel(
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     PIXELS: gl.constexpr = SIDE * SIDE
 
+    await_previous(PDL)
     pid = gl.program_id(0)
     tile = pid % (tiles_h * tiles_w)
     n = (pid // (tiles_h * tiles_w)).to(gl.int64)
@@ -131,7 +139,8 @@ def staged_fire_kernel(
     squeezed = gl.where(inside[:, None] & (e < E)[None, :], activate(acc, "relu"), 0.0)
     region.index(0)._reinterpret(dtype, [PIXELS, BETWEEN], padded_rows(PIXELS, BETWEEN)).store(squeezed.to(dtype))
 
-    weights_shared = gl.allocate_shared_memory(dtype, [9, CHANNELS, BETWEEN], shared(BETWEEN))
+    weights_shared = gl.allocate_shared_memory(dtype, [8 * CHANNELS, BETWEEN], shared(BETWEEN))
+    last_shared = gl.allocate_shared_memory(dtype, [CHANNELS, BETWEEN], shared(BETWEEN))
     OUT: gl.constexpr = wide(CHANNELS, WARPS)
     p = gl.arange(0, PIXELS, layout=gl.SliceLayout(1, OUT))
     oh = first_h + p // SIDE
@@ -143,12 +152,12 @@ def staged_fire_kernel(
     y_image = y_ptr + n * H * W * (O1 + O3)
     for first in range(0, O1, CHANNELS):
         expand(
-            region, weights_shared, w1_ptr, bias1_ptr, y_image, pixel, valid, first, O1, E, O1 + O3, 0,
+            region, weights_shared, last_shared, w1_ptr, bias1_ptr, y_image, pixel, valid, first, O1, E, O1 + O3, 0,
             1, dtype, SIDE, PIXELS, CHANNELS, BETWEEN, WARPS,
         )  # fmt: skip
     for first in range(0, O3, CHANNELS):
         expand(
-            region, weights_shared, w3_ptr, bias3_ptr, y_image, pixel, valid, first, O3, E, O1 + O3, O1,
+            region, weights_shared, last_shared, w3_ptr, bias3_ptr, y_image, pixel, valid, first, O3, E, O1 + O3, O1,
             9, dtype, SIDE, PIXELS, CHANNELS, BETWEEN, WARPS,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import launch, march
 from .configs import Problem, config, stem_steps
-from .epilogue import activate, dot
+from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("H", "W", "OH", "OW", "stride_c", "stride_ih", "stride_iw", "out_units", "pad_h", "pad_w", "tiles", "o_blocks", "rows")
 
@@ -33,7 +33,7 @@ def stem_kernel(
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, ALIGN_OUT: tl.constexpr,
     STEPS: tl.constexpr, BY_ROWS: tl.constexpr, EDGES: tl.constexpr, PAIRS: tl.constexpr, WRAPS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    RUN: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: LANES pixels of one image (RUN is 1) by CHANNELS. x: dense, NCHW or NHWC by its strides; y: NHWC.
 
@@ -44,6 +44,7 @@ def stem_kernel(
     tl.static_assert(RUN == 1, "a pixel is a lane of its own")
     tl.static_assert(DEPTH == 32, "as launch.stem_order pads")
     O = out_units * ALIGN_OUT  # noqa: E741
+    await_previous(PDL)
     pid = tl.program_id(0)
     o = (pid % o_blocks) * CHANNELS + tl.arange(0, CHANNELS)
     o_mask = o < O
