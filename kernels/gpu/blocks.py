@@ -62,6 +62,7 @@ def inverted_residual(
     """A MobileNet block as a plan has it: expand_weight may be None; squeeze_excite_weights: [] or [w1, b1, w2, b2]; residual: a tensor."""
     halves = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias)
     if squeeze_excite_weights:
+        _last.form = text(None)  # unless there is an expand to choose for
         half = inverted_residuals.problem("expand_depthwise", x, depthwise_weight, depthwise_weight.shape[0], stride, padding)
         fused = expand_weight is not None and chosen(half, x)[0] is not None
         y = squeeze_excite(

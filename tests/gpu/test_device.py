@@ -63,7 +63,7 @@ def test_staged_tiles(op, case, dtype, monkeypatch):
     blocks.CHECKS[op](dtype, "cuda", case, True, tiles[0])
 
 
-def staged_tiles(op, case, dtype, **changes):
+def staged_tiles(op, case, dtype, /, **changes):
     from fastconv.kernels.gpu import configs, launch
 
     kind, arch = launch.DTYPES[dtype], launch.arch(torch.device("cuda", 0))
@@ -176,9 +176,9 @@ def test_operator_runs_triton(op, monkeypatch):
     module = importlib.import_module(f"fastconv.kernels.gpu.{FILES.get(op, op)}")
     launched = []
     kernel = getattr(module, op)
-    monkeypatch.setattr(module, op, lambda **given: launched.append(op) or kernel(**given))
+    monkeypatch.setattr(module, op, lambda *args, **given: launched.append(op) or kernel(*args, **given))
     getattr(torch.ops.fastconv, op)(*arguments(op, torch.float16))
-    assert launched == [op]
+    assert set(launched) == {op}  # max_pool of an NCHW image calls itself for its planes
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])

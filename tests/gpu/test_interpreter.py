@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import blocks
 import cases
@@ -155,6 +156,26 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr(blocks, "choice", lambda problem, arch: None)
         torch.testing.assert_close(fastconv.ops.inverted_residual(x, *weights, residual=True), fused)
         assert ran == ["pointwise", "depthwise", "pointwise"]
+
+    def test_a_block_that_has_no_choice_names_its_form():
+        """MobileNet V3 small begins with squeeze-excitation and no expand: nothing was chosen before in a new thread."""
+        from fastconv.kernels.gpu import blocks
+
+        shapes = ((16, 1, 3, 3), (8, 16, 1, 1), (16, 8, 1, 1), (16, 16, 1, 1))
+        wd, w1, w2, wp = (torch.randn(shape) for shape in shapes)
+        bd, b1, b2, bp = (torch.randn(shape[0]) for shape in shapes)
+        x, named = torch.randn(1, 16, 7, 7), []
+
+        def run():
+            blocks.inverted_residual(
+                x, None, None, wd, bd, [w1, b1, w2, b2], wp, bp, None, (2, 2), (1, 1), None, "relu", "relu", "hardsigmoid", None
+            )  # fmt: skip
+            named.append(blocks.last_form())
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert named == ["in parts"]
 
     def laid_out(*tensors):
         """As the kernels read them, so that no launcher copies."""
