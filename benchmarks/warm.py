@@ -1,7 +1,7 @@
 """Compiles kernels ahead of measurements, in several processes: `python benchmarks/warm.py [--minutes 1.5]`.
 
 Triton compiles in the first call and one kernel at a time, a second or two each; what tests and benchmarks of a GPU run are hundreds. Here
-each process runs its share once on two images, and the compiled kernels land in Triton's cache directory, where later processes find them.
+each process runs its share once, on as many images as are measured (of few, tiles are others), and the compiled kernels land in Triton's cache directory, where later processes find them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fastconv.kernels.gpu import configs
 from fastconv.kernels.gpu.configs import ATEN, Form, Problem, Split, StagedFireTile, StagedTile, Tile
 
 MOST = 15  # processes; each has a CUDA context of half a gigabyte
-BATCH = 2
+BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,9 @@ def run_network(net: str, dtype: str) -> None:
     with torch.no_grad():
         fast = optimize(get_model(net).eval().cuda().to(getattr(torch, dtype)))
         fast.cuda_graphs = False
-        x = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=getattr(torch, dtype))
-        fast(x.contiguous(memory_format=torch.channels_last))
+        for batch in (1, BATCH):
+            x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=getattr(torch, dtype))
+            fast(x.contiguous(memory_format=torch.channels_last))
         torch.cuda.synchronize()
 
 

@@ -11,7 +11,7 @@ from . import fire_pool as fire_pools
 from . import head as heads
 from . import inverted_residual as inverted_residuals
 from . import separable as separables
-from .configs import ATEN, Problem, Split, Tile, choice, text
+from .configs import ATEN, Problem, Split, Tile, choice, few, text
 from .depthwise import depthwise
 from .fire_expand import fire_expand
 from .global_avg_pool import global_avg_pool
@@ -24,7 +24,8 @@ _last = threading.local()
 
 def chosen(problem: Problem, x: torch.Tensor) -> tuple[Tile | Split | None, tuple[Callable, Callable, Callable]]:
     """(the tile of the one kernel, `Split` or None; depthwise, pointwise and fire_expand for a block in parts)."""
-    form = choice(problem, launch.arch(x.device))
+    arch = launch.arch(x.device)
+    form = few(problem, choice(problem, arch), arch, x.shape[0])
     _last.form = text(form)
     if form == ATEN:
         return None, (aten.depthwise, aten.pointwise, aten.fire_expand)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import Problem, config
+from .configs import Problem, matmul
 from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("M", "H", "W", "image", "in_units", "units1x1", "units3x3", "o_blocks")
@@ -108,7 +108,7 @@ def fire_expand(
 @functools.lru_cache(maxsize=launch.SHAPES)
 def _launcher(device, dtype, precision, wide, n, in_channels, height, width, out1, out3) -> launch.Launcher:
     kind = "tf32" if precision == "tf32" else launch.DTYPES[dtype]
-    tile = config(Problem("fire_expand", kind, height, width, in_channels, max(out1, out3)), launch.arch(device))
+    tile = matmul(Problem("fire_expand", kind, height, width, in_channels, max(out1, out3)), launch.arch(device), n)
     align_in, align1, align3 = launch.alignment(in_channels), launch.alignment(out1), launch.alignment(out3)
     pixels, o_blocks = n * height * width, triton.cdiv(max(out1, out3), tile.channels)
     return launch.Launcher(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .configs import Problem, config
+from .configs import Problem, matmul
 from .epilogue import activate, await_previous, dot
 
 RUNTIME = ("M", "image", "in_units", "out_units", "o_blocks")
@@ -94,7 +94,7 @@ def pointwise(
 @functools.lru_cache(maxsize=launch.SHAPES)
 def _launcher(device, dtype, precision, n, in_channels, height, width, out_channels, activation, gated) -> launch.Launcher:
     kind = "tf32" if precision == "tf32" else launch.DTYPES[dtype]
-    tile = config(Problem("pointwise", kind, height, width, in_channels, out_channels), launch.arch(device))
+    tile = matmul(Problem("pointwise", kind, height, width, in_channels, out_channels), launch.arch(device), n)
     align_in, align_out = launch.alignment(in_channels), launch.alignment(out_channels)
     image, o_blocks = height * width, triton.cdiv(out_channels, tile.channels)
     tiles = n * triton.cdiv(image, tile.pixels) if gated else triton.cdiv(n * image, tile.pixels)

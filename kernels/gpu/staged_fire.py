@@ -21,6 +21,18 @@ from .staged import padded as padded_rows
 RUNTIME = ("H", "W", "in_units", "between_units", "units_1x1", "units_3x3", "tiles_h", "tiles_w")
 
 
+@gluon.constexpr_function
+def in_order(step, taps):
+    """The tap of a step, as `fire_expand` goes through them, the centre first: sums then have the same bits in both."""
+    return (4, 0, 1, 2, 3, 5, 6, 7, 8)[step] if taps == 9 else 0
+
+
+@gluon.constexpr_function
+def window_start(tap, side):
+    """The region's pixel that a tap of the first output meets."""
+    return tap // 3 * side + tap % 3
+
+
 @gluon.jit
 def window_operand(region, START: gl.constexpr, dtype: gl.constexpr, PIXELS: gl.constexpr, DEPTH: gl.constexpr, layout: gl.constexpr):
     """PIXELS rows of the region from START on, as wgmma takes them from registers."""
@@ -53,11 +65,12 @@ def expand(
     fence_async_shared()
     barrier()
     acc = warpgroup_mma_init(gl.zeros((PIXELS, CHANNELS), gl.float32, layout=RESULT))
-    x = window_operand(region, 0 if TAPS == 9 else SIDE + 1, dtype, PIXELS, BETWEEN, OPERAND)
-    for tap in gl.static_range(TAPS):
-        acc = warpgroup_mma(x, tap_weights(weights_shared, last_shared, tap, CHANNELS).permute((1, 0)), acc, is_async=True)
-        if tap + 1 < TAPS:  # the next window while the product runs, which reads x until the wait
-            following = window_operand(region, (tap + 1) // 3 * SIDE + (tap + 1) % 3, dtype, PIXELS, BETWEEN, OPERAND)
+    x = window_operand(region, window_start(4, SIDE), dtype, PIXELS, BETWEEN, OPERAND)
+    for step in gl.static_range(TAPS):
+        w = tap_weights(weights_shared, last_shared, in_order(step, TAPS), CHANNELS)
+        acc = warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
+        if step + 1 < TAPS:  # the next window while the product runs, which reads x until the wait
+            following = window_operand(region, window_start(in_order(step + 1, TAPS), SIDE), dtype, PIXELS, BETWEEN, OPERAND)
             acc, x = warpgroup_mma_wait(0, deps=[acc, x])
             acc = warpgroup_mma_init(acc)
             x = following

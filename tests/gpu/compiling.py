@@ -47,6 +47,10 @@ def jobs() -> list[dict]:
             for kind, tiles in table[arch].items():
                 align = 1 if kind == "half narrow" else 8
                 found += [_matmul(op, arch, dtype, tile, align) for dtype in DTYPES[kind] for tile in tiles]
+        for (op, known), rows in configs.FEW.items():
+            tiles = dict.fromkeys(tile for *_, tile in rows if known == arch)
+            found += [job for job in (_matmul(op, arch, "bf16", tile) for tile in tiles) if job not in found]
+            found += [_matmul(op, arch, "bf16", tile, gate=True) for tile in tiles if op == "pointwise"]
         for dtype in ("bf16", "f32"):
             for op, width in (("fire_expand", 64), ("pointwise", 32), ("pointwise", 64), ("pointwise", 128)):
                 job = _matmul(op, arch, dtype, _tile(op, arch, dtype, 49, width), align=1)
@@ -79,6 +83,10 @@ def _staged() -> list[dict]:
                 problem = configs.Problem(op, "bf16", 14, 14, c, o, kernel, (stride,) * 2, (1, 1), e, image)
                 if tile in configs.staged(problem, "sm_90"):
                     found.append(_staged_job(problem, tile))
+    for stride, tiles in configs.STAGED_FEW.items():
+        for tile in tiles:
+            for op, c, e, o in (("inverted_residual", 24, 144, 24), ("separable", 32, 0, 64)):
+                found.append(_staged_job(configs.Problem(op, "bf16", 14, 14, c, o, 3, (stride,) * 2, (1, 1), e, (14 * stride,) * 2), tile))
     problem = configs.Problem("inverted_residual", "f16", 14, 14, 24, 24, 3, (1, 1), (1, 1), 144)
     found += [_staged_job(problem, configs.STAGED[3, 1][0], wide) for wide in (False, True)]
     for tile in configs.STAGED_FIRE:
@@ -246,6 +254,8 @@ def compile_job(job: dict) -> dict:
 
     file = FILES.get(job["op"], job["op"])
     kernel = getattr(importlib.import_module(f"fastconv.kernels.gpu.{file}"), f"{job['op']}_kernel")
+    if "PDL" in kernel.arg_names:  # as launch.Launcher has it
+        job = job | {"constants": job["constants"] | {"PDL": job["arch"] == "sm_90"}}
     signature, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in job["constants"]:

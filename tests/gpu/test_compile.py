@@ -3,9 +3,12 @@
 Every sixth in the default run, of each operation and architecture some; the others with `-m slow`.
 """
 
+import itertools
+
 import compiling
 import pytest
 
+from fastconv.benchmarks import blocks
 from fastconv.kernels.gpu import configs
 
 pytest.importorskip("triton")
@@ -49,9 +52,10 @@ def test_binary(job, facts):
     if job["op"].startswith("staged"):
         assert binary["tensor_cores"] == "wgmma"
         return
-    # The rest is biases; a block loads taps per use, a stem pixels of few channels.
+    # The rest is biases and gates; a block loads taps per use, a stem pixels of few channels.
     if compiling.aligned(job) and job["op"] not in configs.BLOCKS and fills_loads(job):
-        assert binary["wide_loads"] >= 0.75
+        gated = job["op"] == "pointwise" and "gate_ptr" not in job["constants"]
+        assert binary["wide_loads"] >= (0.7 if gated else 0.75)
     if job["op"].startswith(("depthwise", "max_pool")) or (job["dtype"] == "f32" and job["arch"] != "gfx942"):
         assert binary["tensor_cores"] is None  # ieee fp32 has no tensor-core instruction there
     elif job["op"] in configs.BLOCKS:
@@ -148,6 +152,31 @@ def test_every_block_gets_a_tile_of_its_table(op, arch):
                     problem = configs.Problem(op, dtype, size, size, channels, 24, 3, (1, 1), (1, 1), between)
                     tiles = configs.TABLES[op][arch][configs.kind(problem)] + configs.staged(problem, arch)
                     assert configs.config(problem, arch) in tiles
+
+
+def test_few_images_take_other_tiles_of_the_same_bits():
+    """As many images as a benchmark has run with the table's form; one image with smaller tiles, which are no other channels at a time in
+    a product's order: a bias in a spare channel stays there, sums of tiles stay as they are."""
+    for block in blocks.blocks("bf16"):
+        p = block.problem
+        form = configs.choice(p, "sm_90")
+        assert configs.few(p, form, "sm_90", 256) == form
+        one = configs.few(p, form, "sm_90", 1)
+        if isinstance(form, configs.StagedFireTile):
+            assert one is None
+        elif not isinstance(form, configs.StagedTile) or p.op == "expand_depthwise":
+            assert one == form
+        elif form.tiles(p.height, p.width) < 64:
+            assert one.tiles(p.height, p.width) > form.tiles(p.height, p.width)
+            assert (one.spare, one in configs.STAGED_FEW[p.stride[0]]) == (form.spare, not form.spare)
+    for (op, arch), rows in configs.FEW.items():
+        chosen = set()
+        for c, o, size in itertools.product((16, 24, 32, 96, 192, 960), (16, 64, 256, 1000), (7, 14, 28)):
+            problem = configs.Problem(op, "bf16", size, size, c, o)
+            chosen.add(configs.matmul(problem, arch, 1))
+            assert configs.matmul(problem, arch, 1 << 16) == configs.config(problem, arch)
+            assert configs.matmul(problem, "sm_80", 1) == configs.config(problem, "sm_80")
+        assert {tile for *_, tile in rows} <= chosen
 
 
 def test_depthwise_tiles_leave_few_places_idle():
