@@ -323,7 +323,7 @@ def test_changed_weights_drop_the_graphs(change):
     replays = device.replays
     agree(fast(x), model(x))
     assert not fast._graphs.captured  # the first call with new weights runs by itself
-    assert device.replays == replays
+    assert device.replays == replays + 1  # one that began before the weights were looked at, whose result nobody got
     assert ("drain", 0) in device.log  # before the old weights' memory is free for others
     agree(fast(x), model(x))
     assert device.captures == 2
@@ -402,7 +402,17 @@ def test_moving_and_training_drop_the_graphs(how):
     if how == "load":
         fast.load_state_dict(fast.state_dict())
     agree(fast(x), fast.plan(x))
-    assert device.replays == 1
+    assert device.replays == (2 if how == "load" else 1)  # loaded weights are seen once a replay has begun
+
+
+@torch.no_grad()
+def test_weights_are_looked_at_while_the_graph_runs(monkeypatch):
+    fast, device = ready()
+    prepare, order = fast.plan.prepare, []
+    monkeypatch.setattr(fast.plan, "prepare", lambda: order.append(device.replays) or prepare())
+    before = device.replays
+    fast(image(seed=1))
+    assert order == [before + 1]
 
 
 @torch.no_grad()
@@ -533,7 +543,7 @@ def test_a_hook_that_comes_later_is_called_each_time():
     for _ in range(3):
         agree(fast(image()), model(image()))
     assert len(calls) == 3
-    assert device.replays == 1
+    assert device.replays == 2  # one began before the hook was seen
     assert fast.cuda_graph_report() == ["no graphs: stem.2 has hooks"]
     handle.remove()
     agree(fast(image()), model(image()))

@@ -57,6 +57,8 @@ class Cuda:
     @staticmethod
     def capturing(device: torch.device) -> bool:
         """Whether the caller is capturing a graph of its own."""
+        if torch.cuda.current_device() == device.index:
+            return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 
@@ -144,17 +146,27 @@ class Graphs:
         if key is None:
             return self.plan(*args)
         with self._lock:
+            last = self.captured.get(key)
+            if last is not None and not self._records():
+                # Whether the weights are still those of the graph is asked while the GPU works, for it is most of a call's time on the
+                # CPU. If they are not, this result is nobody's, and the call begins anew.
+                result = self._replayed(last, args, reuse_outputs)
             graph = self._graph(key, args)
-            if graph is not None:
-                device = self._devices[args[0].device]
-                device.begin()
-                for static, x in zip(graph.inputs, args):
-                    static.copy_(x)
-                graph.replay()
-                result = graph.result if reuse_outputs else _copied(graph.result)
-                device.end()
+            if graph is not None and graph is last:
                 return result
+            if graph is not None:
+                return self._replayed(graph, args, reuse_outputs)
         return self.plan(*args)
+
+    def _replayed(self, graph: Captured, args: tuple[Tensor, ...], reuse_outputs: bool) -> Any:
+        device = self._devices[args[0].device]
+        device.begin()
+        for static, x in zip(graph.inputs, args):
+            static.copy_(x)
+        graph.replay()
+        result = graph.result if reuse_outputs else _copied(graph.result)
+        device.end()
+        return result
 
     def __del__(self) -> None:
         # Weights may lie in memory of other streams than those that replay.
@@ -189,8 +201,8 @@ class Graphs:
         program = ready.program
         if self.reason is not None or key in self.refused or len(args) != program.inputs or any(args[i].dim() != 4 for i in program.images):
             return None
-        if torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._loose):
-            return None  # a step that autograd records
+        if self._records():
+            return None
         graph = self.captured.get(key)
         if graph is not None:
             self.captured.move_to_end(key)
@@ -209,6 +221,10 @@ class Graphs:
         if len(self.captured) > self.capacity:
             self.captured.popitem(last=False)
         return graph
+
+    def _records(self) -> bool:
+        """Whether autograd would record a step of the plan."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._loose)
 
     def _capture(self, args: tuple[Tensor, ...], warm: bool) -> Captured:
         device = self._devices.get(args[0].device)

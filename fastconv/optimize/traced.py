@@ -59,7 +59,9 @@ class Traced(nn.Module):
             return y
         y = super().__call__(*args)
         plan = self._plan
-        self._direct = plan.direct(self._off) if plan is not None else None
+        now = plan.direct(self._off) if plan is not None else None
+        if now is not direct:
+            self._direct = now
         return y
 
     def _plan_now(self) -> Plan:
