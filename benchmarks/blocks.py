@@ -15,7 +15,7 @@ from fastconv.kernels.gpu.configs import Problem, Tile, text
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "tf32": torch.float32}
 # the fires that a 3x3 max-pool with stride 2 and ceil_mode follows, and the size it makes
 POOLED = {("squeezenet1_0", "features.5"): 27, ("squeezenet1_0", "features.10"): 13}
-POOLED |= {("squeezenet1_1", "features.4"): 27, ("squeezenet1_1", "features.7"): 13}
+POOLED |= {("squeezenet1_1", "features.0"): 55, ("squeezenet1_1", "features.4"): 27, ("squeezenet1_1", "features.7"): 13}
 HEADS = [("squeezenet1_0", 512, 13, 1000), ("squeezenet1_1", 512, 13, 1000), ("mobilenet_v2", 320, 7, 1280)]
 HEADS += [("mobilenet_v3_small", 96, 7, 576), ("mobilenet_v3_large", 160, 7, 960)]
 
@@ -55,7 +55,10 @@ def blocks(dtype: str = "bf16", ops: tuple[str, ...] = ()) -> list[Block]:
             elif op == "inverted_residual" and not row["expand"]:
                 continue  # a depthwise convolution and squeeze-excitation: no pair without a pooling between
             found.append(Block(row["net"], row["layer"], row["count"], problem, row["activation"], residual))
-            if (pooled := POOLED.get((row["net"], row["layer"]))) and op == "fire":
+            if (pooled := POOLED.get((row["net"], row["layer"]))) and op == "stem":
+                problem = replace(problem, op="stem_pool", height=pooled, width=pooled)
+                found.append(Block(row["net"], f"{row['layer']} + pool", row["count"], problem, row["activation"]))
+            elif pooled and op == "fire":
                 geometry = (3, (2, 2), (0, 0), 0, (row["H"], row["W"]))
                 problem = Problem("fire_pool", dtype, pooled, pooled, row["squeeze"], row["Cout"] // 2, *geometry)
                 found.append(Block(row["net"], f"{row['layer']} + pool", row["count"], problem, "relu"))
@@ -88,11 +91,12 @@ class Case:
             "fire": [(e, c, 1, 1), (o, e, 1, 1), (o, e, 3, 3)],
             "fire_pool": [(o, c, 1, 1), (o, c, 3, 3)],
             "stem": [(o, c, k, k)],
+            "stem_pool": [(o, c, k, k)],
             "head": [(o, c, 1, 1)],
         }[p.op]
         self.weights = [tensor for shape in shapes for tensor in (self._weight(*shape), self._randn(shape[0]))]
         # the layout of the stem's weight is its own, and costs torch's convolutions a copy
-        self.ordered = [launch.stem_order(self.weights[0]), *self.weights[1:]] if p.op == "stem" else self.weights
+        self.ordered = [launch.stem_order(self.weights[0]), *self.weights[1:]] if p.op.startswith("stem") else self.weights
 
     def _randn(self, *shape: int) -> torch.Tensor:
         tensor = torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
@@ -117,6 +121,7 @@ class Case:
             pointwise,
             separable,
             stem,
+            stem_pool,
         )
 
         p, x, w, act = self.problem, self.x, self.ordered, self.block.activation
@@ -145,12 +150,16 @@ class Case:
             if fused:
                 return fire_pool.fire_pool(x, *w, p.stride, p.padding, (p.height, p.width), tile)
             return max_pool.max_pool(fire_expand.fire_expand(x, *w), p.stride, p.padding, ceil_mode=True)
+        if p.op == "stem_pool":
+            if fused:
+                return stem_pool.stem_pool(x, *w, *geometry, act, (2, 2), (0, 0), (p.height, p.width), tile)
+            return max_pool.max_pool(stem.stem(x, *w, *geometry, act), (2, 2), (0, 0), ceil_mode=True)
         if p.op == "stem":
             return stem.stem(x, *w, *geometry, act, tile) if fused else self.plain()
         return head.head(x, *w, act, tile) if fused else global_avg_pool.global_avg_pool(pointwise.pointwise(x, *w, None, act))
 
     def _pool(self, y: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(y, 3, self.problem.stride, self.problem.padding, ceil_mode=True)
+        return F.max_pool2d(y, 3, 2, ceil_mode=True)
 
     def fused(self, tile: Tile | None = None):
         return self._run(True, tile)
@@ -182,8 +191,9 @@ class Case:
             return reference.fire(x, *w)
         if p.op == "fire_pool":
             return self._pool(reference.fire_expand(x, *w))
-        if p.op == "stem":
-            return reference.stem(x, *w, **geometry, activation=act)
+        if p.op.startswith("stem"):
+            y = reference.stem(x, *w, **geometry, activation=act)
+            return self._pool(y) if p.op == "stem_pool" else y
         return reference.pointwise(x, *w, activation=act).mean((2, 3), keepdim=True)
 
     def error(self, result) -> float:

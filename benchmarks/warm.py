@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -185,7 +185,7 @@ def _fused(p: Problem, tile: Tile, activations: tuple[str | None, ...], residual
     if isinstance(tile, StagedFireTile):
         return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), configs.padded(p.between))
     steps = 1 if p.in_channels <= tile.depth_in else 2
-    taps = (p.kernel, p.stride, (p.in_channels, p.padding, p.size) if p.op == "stem" else None)
+    taps = (p.kernel, p.stride, (p.in_channels, p.padding, p.size) if p.op.startswith("stem") else None)
     return (p.op, p.dtype, tile, _align(p.in_channels, p.between, p.out_channels), steps, taps, activations, residual)
 
 
@@ -204,6 +204,10 @@ def compiles(block: blocks.Block, form: Form, arch: str) -> frozenset[tuple]:
         return frozenset([expand, _fused(p.after_expand, form.tile, (None, between, last), residual)])
     if p.op == "fire":
         return frozenset([_pointwise(arch, p.dtype, p.size, c, e, "relu"), _fire_expand(arch, p.dtype, p.size, e, o)])
+    if p.op == "stem_pool":
+        size = [(extent + 2 * pad - p.kernel) // s + 1 for extent, s, pad in zip(p.size, p.stride, p.padding)]
+        stem = replace(p, op="stem", height=size[0], width=size[1])
+        return frozenset([_fused(stem, configs.config(stem, arch), (act, between, last), residual), ("max_pool", p.dtype, _align(o))])
     if p.op == "fire_pool":
         return frozenset([_fire_expand(arch, p.dtype, p.size, c, o)])
     if p.op == "head":

@@ -80,6 +80,7 @@ def test_the_networks_blocks_are_all_there():
     assert counts["mobilenet_v2", "inverted_residual"] == 16
     assert counts["squeezenet1_1", "fire"] == counts["squeezenet1_0", "fire"] == 8
     assert counts["squeezenet1_1", "fire_pool"] == counts["squeezenet1_0", "fire_pool"] == 2
+    assert counts["squeezenet1_1", "stem_pool"] == 1  # 1.0's window is seven steps of the product
     assert counts["mobilenet_v3_large", "expand_depthwise"] + counts["mobilenet_v3_large", "inverted_residual"] == 14
     assert all((net, "stem") in counts for net in {net for net, _ in counts})
 

@@ -1,4 +1,4 @@
-"""Pairs of steps that are one kernel on a GPU: a fire and the max-pool after it, a last convolution and the mean over its pixels."""
+"""Pairs of steps that may be one kernel on a GPU: a stem or a fire and the max-pool after it, a last convolution and the mean over pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastconv.ops import _cuda
 from fastconv.ops._prepared import Prepared, PreparedBlock
 from fastconv.optimize.layers import Kernel
 
-PAIRS = {("fire", "max_pool"): "fire_pool", ("pointwise", "global_avg_pool"): "head"}
+PAIRS = {("stem", "max_pool"): "stem_pool", ("fire", "max_pool"): "fire_pool", ("pointwise", "global_avg_pool"): "head"}
 
 
 def join(graph: fx.Graph, calls: list[object]) -> list[object]:
@@ -44,9 +44,14 @@ def _fire_pool(x: Tensor, *args) -> Tensor:
     return _cuda.run("fire_pool", x, *args, file="blocks")
 
 
+def _stem_pool(x: Tensor, *args) -> Tensor:
+    _cuda.check_input("stem", x, args[0])
+    return _cuda.run("stem_pool", x, *args, file="blocks")
+
+
 def _head(x: Tensor, *args) -> Tensor:
     _cuda.check_input("pointwise", x, args[0])
     return _cuda.run("head", x, *args, file="blocks")
 
 
-_JOINED = {"fire_pool": _fire_pool, "head": _head}
+_JOINED = {"stem_pool": _stem_pool, "fire_pool": _fire_pool, "head": _head}

@@ -11,6 +11,7 @@ from . import fire_pool as fire_pools
 from . import head as heads
 from . import inverted_residual as inverted_residuals
 from . import separable as separables
+from . import stem_pool as stem_pools
 from .configs import ATEN, Problem, Split, Tile, choice, few, text
 from .depthwise import depthwise
 from .fire_expand import fire_expand
@@ -18,6 +19,7 @@ from .global_avg_pool import global_avg_pool
 from .max_pool import max_pool, pooled
 from .pointwise import pointwise
 from .squeeze_excite import squeeze_excite
+from .stem import stem
 
 _last = threading.local()
 
@@ -112,6 +114,19 @@ def fire_pool(x, squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bi
         y = fire(launch.nhwc(x), squeeze_weight, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
         y = max_pool(y, stride, padding, ceil_mode)
     return _like(y, x)
+
+
+def stem_pool(x, weight, bias, stride, padding, activation, pool_stride, pool_padding, ceil_mode) -> torch.Tensor:
+    """max_pool(stem(x)), channels_last: the arguments of `fastconv.ops.stem`, then those of `fastconv.ops.max_pool`; not checked."""
+    _last.form = text(None)  # unless one kernel can be chosen
+    tile = None
+    if stem_pools.serves(weight, pool_stride, pool_padding):
+        size = launch.window(x.shape[2:], weight.shape[2], stride, padding)
+        size = tuple(pooled(*geometry, ceil_mode) for geometry in zip(size, pool_stride, pool_padding))
+        tile, _ = chosen(stem_pools.problem(x, weight, stride, padding, size), x)
+    if tile:
+        return stem_pools.stem_pool(x, weight, bias, stride, padding, activation, pool_stride, pool_padding, size, tile)
+    return max_pool(stem(x, weight, bias, stride, padding, activation, always_nhwc=True), pool_stride, pool_padding, ceil_mode)
 
 
 def head(x, weight, bias, activation) -> torch.Tensor:

@@ -399,7 +399,7 @@ SMALL_IMAGE = 14 * 14
 # The block kernels' tables hold what compiles without spills at its heaviest: K = 5, stride 2, silu, residual, any channel count.
 # 64 lanes is what sm_90's wgmma needs; deeper chunks, and more rows a lane, spill (docs/decisions/0011).
 ATEN = "aten"  # the form of a block through torch's own operators
-BLOCKS = ("separable", "inverted_residual", "expand_depthwise", "fire", "fire_pool", "stem", "head")
+BLOCKS = ("separable", "inverted_residual", "expand_depthwise", "fire", "fire_pool", "stem", "stem_pool", "head")
 
 
 def _tiles(*rows: tuple[int, ...], stages: int = 1) -> tuple[BlockTile, ...]:
@@ -530,6 +530,14 @@ TABLES = {
         }
         for arch in ARCHITECTURES
     },
+    "stem_pool": {
+        arch: {
+            "half": _tiles((2, 64, 64, 32, 4), (4, 64, 32, 32, 4), (2, 64, 32, 32, 4), (2, 128, 64, 32, 8)),
+            "tf32": _tiles((2, 32, 32, 32, 4)),
+            "f32": _tiles((2, 32, 32, 32, 4)),
+        }
+        for arch in ARCHITECTURES
+    },
     "head": {
         arch: {
             "half": _tiles((1, 64, 64, 64, 4), (1, 64, 128, 64, 8), stages=3),
@@ -614,7 +622,7 @@ def shared_bytes(problem: Problem, tile: StagedTile | StagedFireTile) -> int:
 
 def kind(problem: Problem) -> str:
     """The row of a block's table."""
-    return "narrow" if problem.narrow and problem.op != "stem" else "half" if problem.half else problem.dtype
+    return "narrow" if problem.narrow and not problem.op.startswith("stem") else "half" if problem.half else problem.dtype
 
 
 @functools.lru_cache(maxsize=4096)

@@ -87,6 +87,9 @@ def issued(problem: Problem, tile: BlockTile | StagedTile | StagedFireTile | Dep
         )
         return rows * columns * problem.in_channels * problem.item
     blocks = _up(problem.out_channels, tile.channels)
+    if problem.op == "stem_pool":  # every lane takes three columns of the convolution's rows, whose windows count as if none left the image
+        window = problem.kernel**2 * problem.in_channels * problem.item
+        return tile.tiles(problem.height, problem.width) * tile.lanes * 3 * (2 * tile.run + 1) * window * blocks
     if problem.op == "head":
         return problem.height * problem.width * problem.in_channels * blocks * problem.item
     if problem.op == "fire_pool":
@@ -150,6 +153,9 @@ def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
         tensor = blocks * halo * inner * across + 10 * slots * across * width
         scalar = blocks * across * 4 * halo + 4 * slots * width
         weights = c * e + 10 * e * tile.channels
+    elif problem.op == "stem_pool":
+        taken = tiles * tile.lanes * 3 * (2 * tile.run + 1)  # pixels of the convolution
+        tensor, scalar, weights = taken * deep * width, taken * blocks * (8 * deep + 5 * tile.channels), c * tile.channels * k * k
     elif problem.op == "fire_pool":
         tensor, scalar, weights = 90 * slots * deep * width, 9 * 6 * slots * width, 10 * c * tile.channels
     else:
@@ -159,7 +165,9 @@ def work(problem: Problem, tile: BlockTile | StagedTile) -> Work:
             c * tile.channels,
         )
     rows, columns = _rows(problem, tile), tile.lanes * problem.stride[1] + k - problem.stride[1]
-    if problem.op == "fire_pool":
+    if problem.op == "stem_pool":
+        rows, columns = 2 * (2 * tile.run + 1) + k, 4 * tile.lanes + k
+    elif problem.op == "fire_pool":
         rows, columns = 5, tile.lanes * problem.stride[1] + 3
     touched = problem.height * problem.width if problem.op == "head" else min(rows * columns, problem.size[0] * problem.size[1])
     l2 = tiles * blocks * (touched * c + weights) * problem.item + results(problem)
@@ -292,6 +300,11 @@ def parts(problem: Problem, arch: str) -> list[Work]:
     if problem.op == "fire_pool":
         moved = (full + pixels) * 2 * o * problem.item
         return [_fire_expand(problem, full, c, o), Work(moved, moved, 9 * pixels * 2 * o * problem.item, 0, 9 * pixels * 2 * o)]
+    if problem.op == "stem_pool":
+        size = [(extent + 2 * p - problem.kernel) // s + 1 for extent, s, p in zip(problem.size, problem.stride, problem.padding)]
+        stem = replace(problem, op="stem", height=size[0], width=size[1])
+        moved = (size[0] * size[1] + pixels) * o * problem.item
+        return [work(stem, best(stem, arch)), Work(moved, moved, 9 * pixels * o * problem.item, 0, 9 * pixels * o)]
     if problem.op == "head":
         read = pixels * o * problem.item
         return [_pointwise(problem, pixels, c, o), Work(read, read, read, 0, pixels * o)]

@@ -57,6 +57,14 @@ STEM = [
     (1, 4, 40, 9, 70, (5, 5), (1, 1), (0, 0), "relu", True),
     (1, 2, 24, 9, 9, (8, 5), (2, 1), (1, 1), None, False),
 ]
+# as of STEM, then the pool's stride, padding and ceil_mode
+STEM_POOL = [
+    (2, 3, 24, 15, 17, (3, 3), (2, 2), (1, 1), "hardswish", True, (2, 2), (0, 0), True),
+    (1, 3, 130, 23, 22, (3, 3), (2, 2), (0, 0), "relu", True, (2, 2), (0, 0), True),
+    (2, 3, 64, 19, 24, (3, 3), (2, 2), (0, 0), "relu", False, (2, 2), (0, 0), False),
+    (1, 1, 3, 9, 11, (3, 5), (1, 2), (2, 0), None, False, (1, 2), (1, 1), False),
+    (1, 4, 40, 9, 9, (2, 4), (1, 1), (1, 0), "silu", True, (2, 1), (0, 1), True),
+]
 # N, C, O, H, W, activation, bias
 HEAD = [
     (2, 1, 3, 5, 7, "relu", True),
@@ -70,7 +78,7 @@ SQUEEZE_EXCITE = [
     (1, 3, 24, 3, 40, 7, 7, 3, (2, 2), "relu", "sigmoid", False),
     (2, 16, 0, 8, 16, 9, 8, 3, (2, 2), "relu", "hardsigmoid", False),
 ]
-OPS = ("separable", "inverted_residual", "fire", "fire_pool", "stem", "head")
+OPS = ("separable", "inverted_residual", "fire", "fire_pool", "stem", "stem_pool", "head")
 
 
 def _weights(dtype, device, with_bias, *shapes):
@@ -144,6 +152,17 @@ def check_stem(dtype, device, case, channels_last, tile=None):
     y.holds(x, launcher("stem")(x, weight, bias, stride, padding, activation, tile))
 
 
+def check_stem_pool(dtype, device, case, channels_last, tile=None):
+    n, c, o, h, w, k, stride, padding, activation, with_bias, *pool = case
+    x = randn((n, c, h, w), dtype, device, channels_last)
+    weight, bias = _weights(dtype, device, with_bias, (o, c, *k))
+    y = Bounded.exact(x).conv(weight, bias, stride, padding).activate(activation).max_pool(*pool)
+    result = launcher("stem_pool")(x, weight, bias, stride, padding, activation, *pool[:2], tuple(y.value.shape[2:]), tile)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    like = channels_last and not x.is_contiguous()  # one channel is no image of channels
+    y.holds(x, result if like else result.contiguous())
+
+
 def check_head(dtype, device, case, channels_last, tile=None):
     n, c, o, h, w, activation, with_bias = case
     x = randn((n, c, h, w), dtype, device, channels_last)
@@ -195,6 +214,7 @@ EACH_TILE = {
     "fire": (1, 40, 24, 40, 72, 5, 13, True),
     "fire_pool": (1, 24, 40, 24, 9, 13, (2, 2), (0, 0), True, True),
     "stem": (1, 3, 40, 15, 27, (3, 3), (2, 2), (1, 1), "relu", True),
+    "stem_pool": (1, 3, 40, 27, 31, (3, 3), (2, 2), (1, 1), "relu", True, (2, 2), (0, 0), True),
     "head": (2, 40, 72, 9, 9, "relu", True),
 }
 
@@ -225,6 +245,9 @@ def call(op, device):
     if op == "stem":
         w = weights((24, 3, 3, 3))
         return lambda x: run(x[:, :3].contiguous(), *w)
+    if op == "stem_pool":
+        w = weights((24, 3, 3, 3))
+        return lambda x: run(x[:, :3].contiguous(), *w, (2, 2), (1, 1), "relu", (2, 2), (0, 0), (2, 2))
     w = weights((40, 24, 1, 1))
     return lambda x: run(x, *w, "relu")
 
@@ -262,6 +285,21 @@ class BlockChecks:
         sentinel(monkeypatch)
         check_stem(dtype, self.device, case, True)
 
+    @pytest.mark.parametrize("case", STEM_POOL, ids=str)
+    def test_stem_pool(self, dtype, case, monkeypatch):
+        sentinel(monkeypatch)
+        check_stem_pool(dtype, self.device, case, True)
+
+    def test_a_stem_and_its_pool_have_the_same_bits_in_one_kernel(self, dtype):
+        """So the form may depend on anything."""
+        from fastconv.kernels.gpu.blocks import max_pool
+
+        x, weight, bias = (randn(shape, dtype, self.device, len(shape) == 4) for shape in ((2, 3, 35, 30), (24, 3, 3, 3), (24,)))
+        y = launcher("stem")(x, weight, bias, (2, 2), (1, 1), "relu")
+        for ceil_mode, size in ((True, (9, 7)), (False, (8, 7))):
+            one = launcher("stem_pool")(x, weight, bias, (2, 2), (1, 1), "relu", (2, 2), (0, 0), size)
+            assert torch.equal(one, max_pool(y, (2, 2), (0, 0), ceil_mode))
+
     @pytest.mark.parametrize("case", HEAD, ids=str)
     def test_head(self, dtype, case):
         check_head(dtype, self.device, case, True)
@@ -284,7 +322,7 @@ class BlockChecks:
         for tile in tiles(op, self.device):
             CHECKS[op](torch.float32, self.device, EACH_TILE[op], True, tile)
 
-    @pytest.mark.parametrize("op", ["separable", "inverted_residual", "fire", "fire_pool", "stem"])
+    @pytest.mark.parametrize("op", ["separable", "inverted_residual", "fire", "fire_pool", "stem", "stem_pool"])
     def test_wide_block_offsets(self, op, monkeypatch):
         """The 64-bit variant that images past 2^31 elements take, on small ones."""
         from fastconv.kernels.gpu import launch

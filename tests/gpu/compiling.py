@@ -188,11 +188,11 @@ def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wid
         constants |= tile.constants
     if op in ("separable", "inverted_residual", "expand_depthwise"):
         constants |= {"K": 5, "DEPTHWISE_ACTIVATION": "silu"}
-    if op in ("separable", "inverted_residual", "expand_depthwise", "fire_pool", "stem"):
+    if op in ("separable", "inverted_residual", "expand_depthwise", "fire_pool", "stem", "stem_pool"):
         constants |= {"STRIDE_H": 2, "STRIDE_W": 2}
-    if op in ("separable", "inverted_residual", "stem", "head"):
+    if op in ("separable", "inverted_residual", "stem", "stem_pool", "head"):
         constants |= {"ACTIVATION": "silu", "ALIGN_OUT": align}
-    if op != "stem":
+    if not op.startswith("stem"):
         constants |= {"ALIGN_IN": align}
     if op in ("inverted_residual", "expand_depthwise"):
         constants |= {"EXPAND_ACTIVATION": "silu", "ALIGN_BETWEEN": align}
@@ -200,6 +200,8 @@ def _block(op: str, arch: str, dtype: str, tile, narrow: bool, tiles: tuple, wid
         constants |= {"ALIGN_1X1": align, "ALIGN_3X3": align} | ({"ALIGN_BETWEEN": align} if op == "fire" else {})
     if op == "expand_depthwise":
         del constants["CHANNELS"]
+    if op == "stem_pool":
+        constants |= {"C": 3, "KH": 3, "KW": 3, "POOL_H": 2, "POOL_W": 2, "EDGES": True}
     if op == "stem":
         constants |= {"C": 3, "KH": 7, "KW": 7, "STEPS": 7, "BY_ROWS": True, "EDGES": True, "PAIRS": False, "WRAPS": 0}
     job = {"op": op, "arch": arch, "dtype": dtype, "constants": constants, "options": _options(arch, tile)}

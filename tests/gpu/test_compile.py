@@ -148,7 +148,7 @@ def test_every_block_gets_a_tile_of_its_table(op, arch):
     for dtype in ("f32", "f16", "bf16"):
         for size in (1, 7, 14, 55, 112):
             for channels in (1, 3, 16, 24, 96, 160, 512):
-                for between in (0,) if op in ("separable", "fire_pool", "stem", "head") else (1, 48, 960):
+                for between in (0,) if op in ("separable", "fire_pool", "stem", "stem_pool", "head") else (1, 48, 960):
                     problem = configs.Problem(op, dtype, size, size, channels, 24, 3, (1, 1), (1, 1), between)
                     tiles = configs.TABLES[op][arch][configs.kind(problem)] + configs.staged(problem, arch)
                     assert configs.config(problem, arch) in tiles

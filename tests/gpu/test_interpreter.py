@@ -113,6 +113,26 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                         if "fire" in name or "last" in name:
                             parameter.copy_(torch.randn_like(parameter) * 0.3)
 
+    @pytest.mark.parametrize("kernel", [3, 7])
+    def test_a_stem_and_its_pool(kernel, monkeypatch):
+        """One kernel where it is chosen and the window is one step of its product, else two; the image may be NCHW."""
+        from fastconv.kernels.gpu import blocks, model
+
+        nn = torch.nn
+        net = nn.Sequential(nn.Conv2d(3, 16, kernel, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)).eval()
+        fast = fastconv.optimize(net)
+        x = torch.randn(2, 3, 30, 27)
+        with torch.no_grad():
+            for fused in (True, False):
+                monkeypatch.setattr(blocks, "choice", model.best if fused else lambda *_: None)
+                for image in (x, x.contiguous(memory_format=torch.channels_last)):
+                    y = fast(image)
+                    torch.testing.assert_close(y, net(x), rtol=1e-5, atol=1e-5)
+                    assert y.stride() == net(image).stride()
+                kernels = {row.name: row.kernel for row in fastconv.explain(fast).rows}
+                form = r"stem_pool triton \d+x\d+x\d+x\d+" if fused and kernel == 3 else "stem_pool triton in parts"
+                assert re.fullmatch(form, kernels["2"])
+
     @pytest.mark.parametrize("first", ["stem", "separable", "block", "fire"])
     def test_a_plan_refuses_an_image_that_does_not_fit(first):
         """Its launchers would read past the weights."""
@@ -191,11 +211,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         "fire": ((2, 24, 7, 9), [(16, 24, 1, 1), (40, 16, 1, 1), (40, 16, 3, 3)], ()),
         "fire_pool": ((2, 16, 9, 11), [(40, 16, 1, 1), (40, 16, 3, 3)], ((2, 2), (1, 1), (5, 6))),
         "stem": ((2, 3, 15, 17), [(40, 3, 3, 3)], ((2, 2), (1, 1), "relu")),
+        "stem_pool": ((2, 3, 31, 35), [(40, 3, 3, 3)], ((2, 2), (0, 0), "relu", (2, 2), (0, 0), (7, 8))),
         "head": ((2, 24, 7, 9), [(40, 24, 1, 1)], ("relu",)),
     }
 
     def problem_of(op, x, weights, rest):
-        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, launch, separable, stem
+        from fastconv.kernels.gpu import fire, fire_pool, head, inverted_residual, launch, separable, stem, stem_pool
 
         four = [weight for weight in weights if weight.dim() == 4]
         if op == "depthwise":
@@ -209,6 +230,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             return fire.problem(x, *four)
         if op == "fire_pool":
             return fire_pool.problem(x, *four, *rest)
+        if op == "stem_pool":
+            return stem_pool.problem(x, *four, *rest[:2], rest[-1])
         return stem.problem(x, *four, *rest[:2]) if op == "stem" else head.problem(x, *four)
 
     @pytest.mark.parametrize("op", COUNTED)
@@ -220,7 +243,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         weights = laid_out(*[tensor for size in shapes for tensor in (torch.randn(size), torch.randn(size[0]))])
         problem = problem_of(op, x, weights, rest)
-        if op == "stem":
+        if op.startswith("stem"):
             weights[0] = launch.stem_order(weights[0])
         # with what pads them
         named = {f"weight{i}": weight.new_empty(0).set_(weight.untyped_storage()) for i, weight in enumerate(weights)}

@@ -51,6 +51,9 @@ if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
         "fire": lambda run, x: run(x, weight(8, 24, 1, 1), None, weight(16, 8, 1, 1), None, weight(16, 8, 3, 3), None),
         "fire_pool": lambda run, x: run(x, weight(16, 24, 1, 1), None, weight(16, 24, 3, 3), None, (2, 2), (0, 0), (4, 5)),
         "stem": lambda run, x: run(x[:, :3].contiguous(), weight(16, 3, 3, 3), torch.randn(16)),
+        "stem_pool": lambda run, x: run(
+            x[:, :3].contiguous(), weight(16, 3, 3, 3), torch.randn(16), (2, 2), (1, 1), "relu", (2, 2), (0, 0), (2, 3)
+        ),
         "head": lambda run, x: run(x, weight(40, 24, 1, 1), torch.randn(40), "relu"),
         "max_pool": lambda run, x: run(x, (2, 2), (0, 0), True),
         "global_avg_pool": lambda run, x: run(x),
