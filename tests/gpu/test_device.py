@@ -285,7 +285,44 @@ def test_operators_compile():
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_0", "squeezenet1_1"])
+@pytest.mark.parametrize("case", STAGED["fire"], ids=str)
+def test_a_fire_has_the_same_bits_in_parts(case):
+    """So that few images may run in parts (`configs.few`)."""
+    from fastconv.kernels.gpu import fire, fire_expand, pointwise
+
+    tiles = staged_tiles("fire", case, torch.bfloat16)
+    if not tiles:
+        pytest.skip("none on this GPU")
+    n, c, between, o1, o3, h, w, _ = case
+    x = cases.randn((n, c, h, w), torch.bfloat16, "cuda", True)
+    shapes = [(between, c, 1, 1), (o1, between, 1, 1), (o3, between, 3, 3)]
+    weights = [cases.randn(size, torch.bfloat16, "cuda") / 8 for shape in shapes for size in (shape, shape[:1])]
+    parts = fire_expand.fire_expand(pointwise.pointwise(x, *weights[:2], None, "relu"), *weights[2:])
+    for tile in tiles:
+        assert torch.equal(fire.fire(x, *weights, tile), parts), tile
+
+
+NETWORKS = ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "squeezenet1_0", "squeezenet1_1"]
+
+
+@one_at_a_time
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_image_has_the_same_bits_in_any_batch(name):
+    """Though few images run with other tiles and forms. The last product of MobileNets is torch's, which chooses by the batch."""
+    torch.manual_seed(0)
+    model = get_model(name).eval().to(memory_format=torch.channels_last)
+    if name.startswith("mobilenet"):
+        model.classifier = torch.nn.Identity()
+    x = torch.randn(140, 3, 224, 224, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        fast = optimize(model.cuda(), dtype=torch.bfloat16)
+        y = fast(x)
+        assert y.isfinite().all()
+        for batch in (1, 3, 20):
+            assert torch.equal(fast(x[:batch].contiguous(memory_format=torch.channels_last)), y[:batch])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_network(name, setting):
     """A whole network through fastconv.optimize on the GPU, in fp32, within the bound that holds on CPU."""
     setting(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # what no kernel takes runs in cuDNN, in tf32 by default
