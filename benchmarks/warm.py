@@ -1,7 +1,8 @@
 """Compiles kernels ahead of measurements, in several processes: `python benchmarks/warm.py [--minutes 1.5]`.
 
 Triton compiles in the first call and one kernel at a time, a second or two each; what tests and benchmarks of a GPU run are hundreds. Here
-each process runs its share once, on as many images as are measured (of few, tiles are others), and the compiled kernels land in Triton's cache directory, where later processes find them.
+each process runs its share once, on as many images as are measured (few have other tiles), and the compiled kernels land in Triton's
+cache directory, where later processes find them.
 """
 
 import argparse

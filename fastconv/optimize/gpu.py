@@ -1,4 +1,4 @@
-"""Pairs of steps that may be one kernel on a GPU: a stem or a fire and the max-pool after it, a last convolution and the mean over pixels."""
+"""Pairs of steps that may be one kernel on a GPU: a stem or a fire and the max-pool after it, a last convolution and the mean."""
 
 from __future__ import annotations
 

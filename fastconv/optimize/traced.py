@@ -168,7 +168,7 @@ def _elsewhere(work: Callable[[], T]) -> T:
 def _description(program: Program) -> str:
     """A hash of what the program computes, its weights' values aside; "" for one that no functional operator from a tensor to a tensor
     can stand for."""
-    whole = program.graph is not None and program.inputs == 1 and isinstance(next(reversed(program.graph.nodes)).args[0], fx.Node)
+    whole = program.graph is not None and program.inputs == 1 and isinstance(next(iter(reversed(program.graph.nodes))).args[0], fx.Node)
     if not (whole and program.kernels and program.functional):
         return ""
     words = []

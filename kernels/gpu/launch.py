@@ -118,7 +118,8 @@ class Launcher:
 
     Triton compiles in the first call. Later ones hand the compiled kernel its arguments themselves: finding it anew by the types and
     alignments of all arguments is most of what a launch costs. One variant is compiled for each dtype and pattern of tensors that are None
-    or do not lie at a multiple of 16 bytes. A kernel with a PDL follows the one before it as `epilogue.await_previous` says. Launch hooks (profilers) and releases of Triton that are not known take Triton's way.
+    or do not lie at a multiple of 16 bytes. Launch hooks (profilers) and releases of Triton that are not known take
+    Triton's way. A kernel with a PDL follows the one before it as `epilogue.await_previous` says.
 
     grid: the number of programs; numbers: the kernel's runtime arguments after its tensors; constants: by name, with compiler options.
     """

@@ -211,7 +211,7 @@ def check_backward(op, device):
     wide = [tensor.double().requires_grad_() for tensor in tensors]
     y, wanted = getattr(fastconv.ops, op)(*ours, **rest), getattr(reference, op)(*wide, **rest)
     grad = torch.randn_like(wanted)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # what is cuDNN's gradient in ours is tf32 by default, as all of torch's
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else what is cuDNN's in ours is tf32, as in torch
         gradients = torch.autograd.grad(y, ours, grad.float())
     for one, other in zip(gradients, torch.autograd.grad(wanted, wide, grad)):
         assert ((one.double() - other).norm() / other.norm()).item() < 1e-5

@@ -90,7 +90,7 @@ def test_staged_sums(stride):
     weights = [torch.randn(136, 24, 1, 1), torch.randn(136), torch.randn(136, 1, 3, 3), torch.randn(136)]
     weights = [weight.to("cuda", torch.bfloat16) / 3 for weight in weights]
     wanted = reference.pointwise(x.double(), *(weight.double() for weight in weights[:2]), activation="relu6")
-    wanted = reference.depthwise(wanted, *(weight.double() for weight in weights[2:]), (stride, stride), (1, 1), "relu6")
+    wanted = reference.depthwise(wanted, *(weight.double() for weight in weights[2:]), stride=stride, padding=1, activation="relu6")
     for tile in tiles:
         y, sums = expand_depthwise(x, *weights, (stride, stride), (1, 1), "relu6", "relu6", tile)
         assert ((y.double() - wanted).norm() / wanted.norm()).item() < 8e-3

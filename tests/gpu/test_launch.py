@@ -21,7 +21,7 @@ KERNELS = {
     "mobilenet_v3_small": (58, 3),
     "mobilenet_v3_large": (57, 3),
     "squeezenet1_0": (22, 0),
-    "squeezenet1_1": (22, 0),
+    "squeezenet1_1": (21, 0),
 }
 
 if os.environ.get("FASTCONV_TEST_LAUNCH") == "1":
