@@ -87,9 +87,7 @@ def serves(weight: torch.Tensor, pool_stride: tuple[int, int], pool_padding: tup
     return steps == 1 and tuple(pool_stride) == (2, 2) and not any(pool_padding)
 
 
-def problem(
-    x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
-) -> Problem:
+def problem(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]) -> Problem:
     """size: the pooled output's; kernel, stride and padding are the convolution's."""
     channels, *image = x.shape[1:]
     geometry = (max(weight.shape[2:]), tuple(stride), tuple(padding), 0, tuple(image))
