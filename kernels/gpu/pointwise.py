@@ -38,7 +38,7 @@ def pointwise_kernel(
         tiles = tl.cdiv(image, PIXELS)
         n = (pid // o_blocks // tiles).to(tl.int64)
         first = pid // o_blocks % tiles * PIXELS
-        start = n * image + first
+        start = n.to(tl.int64) * image + first
         m_mask = m < image - first
     else:
         start = (pid // o_blocks).to(tl.int64) * PIXELS
