@@ -146,6 +146,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(training_gradient_sums);
   KERNEL(training_max_pool);
   KERNEL(training_max_pool_backward);
+  KERNEL(training_stem_pool);
+  KERNEL(training_stem_pool_backward);
   KERNEL(training_fire);
   KERNEL(training_fire_backward);
   KERNEL(training_conv_backward);

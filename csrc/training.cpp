@@ -592,6 +592,83 @@ Tensor training_max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode, Op
   return returned(out, y);
 }
 
+namespace {
+
+// A stem's geometry as it trains with the max-pool after it.
+Geometry stem_pool_geometry(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride,
+                            const Ints& padding) {
+  check(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == x.size(1), op, "weight must be (Cout, Cin, KH, KW), got ",
+        shape_of{weight});
+  check_vector(op, "bias", bias, weight.size(0));
+  return geometry(op, x, weight, stride, padding);
+}
+
+}  // namespace
+
+Tensor training_stem_pool(Tensor x, Tensor weight, OptionalTensor bias, OptionalString activation, Ints stride, Ints padding,
+                          Ints pool_stride, Ints pool_padding, bool ceil_mode, OptionalTensor out) {
+  const char* op = "training_stem_pool";
+  check_images(op, "x", x);
+  const Geometry g = stem_pool_geometry(op, x, weight, bias, stride, padding);
+  StepPointer stem = stem_step(pack_panels(weight), bias_or_zeros(bias, g.out.c), {g.kernel_h, g.kernel_w}, std::move(stride),
+                               std::move(padding), parse_activation(op, "activation", activation));
+  const StepPointer step = max_pool_step(std::move(pool_stride), std::move(pool_padding), ceil_mode);
+  step->take(stem, false);
+  const Shape pooled = step->output(g.in);
+  const Image image(x);
+  Tensor y = result_image(op, out, pooled);
+  float* const to = mutable_data(y);
+  in_parallel(step->multiply_adds(g.in, pooled),
+              [&](const Parallel& parallel) { step->run(channels_last(image.data, g.in), {}, channels_last(to, pooled), parallel); });
+  return returned(out, y);
+}
+
+namespace {
+
+// Whether a max-pool of an axis makes so many windows, with or without ceil_mode.
+bool pools_to(int64_t size, int64_t out_size, int64_t stride, int64_t padding) {
+  const int64_t most = (size + 2 * padding - 3 + stride - 1) / stride + 1;
+  return out_size > 0 && out_size <= most && (out_size - 1) * stride < size + padding;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> training_stem_pool_backward(Tensor dz, Tensor x, Tensor weight, OptionalTensor bias, OptionalString activation,
+                                                       Ints stride, Ints padding, Ints pool_stride, Ints pool_padding) {
+  const char* op = "training_stem_pool_backward";
+  check_images(op, "x", x);
+  check_images(op, "dz", dz);
+  const Geometry g = stem_pool_geometry(op, x, weight, bias, stride, padding);
+  const Activation parsed = parse_activation(op, "activation", activation);
+  check(parsed == Activation::none || parsed == Activation::relu || parsed == Activation::relu6, op,
+        "activation must be None, 'relu' or 'relu6': the others do not show in their result");
+  check_pair(op, "pool_stride", pool_stride, 1);
+  check_pair(op, "pool_padding", pool_padding, 0);
+  const Shape pooled = shape_like(dz);
+  check(pooled.n == g.in.n && pooled.c == g.out.c && pools_to(g.out.h, pooled.h, pool_stride[0], pool_padding[0]) &&
+            pools_to(g.out.w, pooled.w, pool_stride[1], pool_padding[1]),
+        op, "dz must be of the pooled image's shape, got ", pooled, " for ", g.out);
+  const Tensor panels = pack_panels(weight), biases = bias_or_zeros(bias, g.out.c);
+  stem_step(panels, biases, {g.kernel_h, g.kernel_w}, stride, padding, parsed)->output(g.in);  // which checks what the kernel covers
+  const Image image(x), arriving(dz);
+  Tensor product = floats({g.out.c, g.kernel_h * g.kernel_w * g.in.c}), dbias = floats({g.out.c});
+  const Stem stem{image.data, 1,          g.in.w * g.in.c, g.in.c,     g.in.h,     g.in.w,       g.in.c,
+                  g.out.c,    g.out.h,    g.out.w,         g.kernel_h, g.kernel_w, stride[0],    stride[1],
+                  padding[0], padding[1], data(panels),    {data(biases), nullptr, 0, parsed},   nullptr, {}};
+  in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) {
+    run_stem_pool_backward({g.in.n,
+                            g.in.image(),
+                            stem,
+                            windows(g, image, stride, padding),
+                            {nullptr, arriving.data, g.out.h, g.out.w, g.out.c, pooled.h, pooled.w, pool_stride[0], pool_stride[1],
+                             pool_padding[0], pool_padding[1], nullptr},
+                            mutable_data(product),
+                            mutable_data(dbias)},
+                           parallel);
+  });
+  return {unpack_windows(product, g.in.c, g.kernel_h, g.kernel_w), dbias};
+}
+
 Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out) {
   const char* op = "training_max_pool_backward";
   check_images(op, "x", x);
@@ -599,11 +676,8 @@ Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding
   const Shape in = shape_like(x), pooled = shape_like(dz);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
-  const auto fits = [](int64_t size, int64_t out_size, int64_t stride, int64_t padding) {  // with or without ceil_mode
-    const int64_t most = (size + 2 * padding - 3 + stride - 1) / stride + 1;
-    return out_size > 0 && out_size <= most && (out_size - 1) * stride < size + padding;
-  };
-  check(pooled.n == in.n && pooled.c == in.c && fits(in.h, pooled.h, stride[0], padding[0]) && fits(in.w, pooled.w, stride[1], padding[1]),
+  check(pooled.n == in.n && pooled.c == in.c && pools_to(in.h, pooled.h, stride[0], padding[0]) &&
+            pools_to(in.w, pooled.w, stride[1], padding[1]),
         op, "dz must be of the pooled image's shape, got ", pooled, " for x ", in);
   const Image image(x), arriving(dz);
   Tensor dx = result_image(op, out, in);

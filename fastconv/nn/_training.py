@@ -474,6 +474,12 @@ class TrainedSequential(nn.Sequential):
         i = 0
         while i < len(modules):
             end = i + 1
+            if _is_stem_with_pool(modules[i : i + 3], x):
+                conv, activation, pool = modules[i : i + 3]
+                geometry = (_ACTIVATIONS[type(activation)], *map(_pair, (conv.stride, conv.padding, pool.stride, pool.padding)))
+                x = formatted_like(_StemPool.apply(x, conv.weight, conv.bias, *geometry, pool.ceil_mode), x)
+                i += 3
+                continue
             if type(modules[i]) is nn.MaxPool2d and _is_covered_pool(modules[i]):
                 x = formatted_like(_MaxPool.apply(x, _pair(modules[i].stride), _pair(modules[i].padding), modules[i].ceil_mode), x)
                 i = end
@@ -565,6 +571,50 @@ class _MaxPool(torch.autograd.Function):
         dx = buffers.image(x.shape)
         torch.ops.fastconv.training_max_pool_backward(dz, x, ctx.stride, ctx.padding, dx)
         return dx, None, None, None
+
+
+def _is_stem_with_pool(modules: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether these three are a first convolution, its activation and a max-pool that one pass takes: SqueezeNet's."""
+    if len(modules) != 3 or not (_is_covered_conv(modules[0]) and type(modules[1]) in _ACTIVATIONS and type(modules[2]) is nn.MaxPool2d):
+        return False
+    conv, activation, pool = modules
+    if conv.groups != 1 or conv.kernel_size == (1, 1) or max(conv.kernel_size) > 7 or x.requires_grad or x.shape[1] != conv.in_channels:
+        return False
+    if any(padding >= extent for padding, extent in zip(conv.padding, conv.kernel_size, strict=True)):
+        return False
+    if _ACTIVATIONS[type(activation)] not in _WITHOUT_NORM or hooked(activation) or not _is_covered_pool(pool):
+        return False
+    tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+    return _are_covered(tensors) and x.numel() > 0 and all(extent >= 3 for extent in _output_shape(x.shape, conv)[2:])
+
+
+class _StemPool(torch.autograd.Function):
+    """Keeps its input; the convolution, SqueezeNet's largest image, is made again by rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, stride, padding, pool_stride, pool_padding, ceil_mode):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.geometry, ctx.ceil_mode = (activation, stride, padding, pool_stride, pool_padding), ceil_mode
+        conv = [(extent + 2 * p - k) // s + 1 for extent, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
+        y = x.new_empty((x.shape[0], weight.shape[0], *conv), device="meta")
+        z = buffers.image(_checks.max_pool(y, pool_stride, pool_padding, ceil_mode))
+        torch.ops.fastconv.training_stem_pool(x, weight, bias, *ctx.geometry, ceil_mode, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, weight, bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            activation, stride, padding, pool_stride, pool_padding = ctx.geometry
+
+            def forward(x, weight, bias):
+                z = _activated(F.conv2d(x, weight, bias, stride, padding), activation)
+                return F.max_pool2d(z, 3, pool_stride, pool_padding, ceil_mode=ctx.ceil_mode)
+
+            return *_vjp(forward, (x, weight, bias), needed, dz), *[None] * 6
+        gradients = torch.ops.fastconv.training_stem_pool_backward(dz, x, weight, bias, *ctx.geometry)
+        return None, *(gradient if need else None for gradient, need in zip(gradients, needed[1:], strict=True)), *[None] * 6
 
 
 def _special(module: nn.Module, x: Tensor) -> Tensor | None:

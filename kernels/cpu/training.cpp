@@ -246,6 +246,65 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
   }
 }
 
+void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel) {
+  const Kernels& k = kernels();
+  const Stem& stem = op.stem;
+  const StemRows source(stem, op.image_stride);
+  const WindowRows windows(op.windows);
+  const int64_t outputs = stem.out_channels, inputs = windows.depth(), width = stem.out_width, row = width * outputs;
+  // A band's rows and their gradient are two strips; a row that two bands read is made for both.
+  const int64_t rows = std::max<int64_t>(STRIP_FLOATS / row, 3), most = (rows - 3) / op.pool.stride_h + 1;
+  const int64_t bands = ceil_div(op.pool.out_height, most), each = ceil_div(op.pool.out_height, bands), units = op.batch * bands;
+  const int64_t strip = std::clamp<int64_t>(STRIP_FLOATS / (inputs + outputs), 28, 448) / 28 * 28;
+  const int64_t product = outputs * padded(inputs), runs = std::min(units, std::clamp<int64_t>(512 * 1024 / product, 4, 16));
+  float* const products = shared_scratch.floats(runs * product + units * 2 * outputs);
+  float* const bias_sums = products + runs * product;
+  std::memset(products, 0, (runs * product + units * 2 * outputs) * sizeof(float));
+
+  parallel.pieces(runs, runs, [&](Range run, int64_t worker) {
+    const int64_t dy_stride = strip_stride(outputs), window_stride = strip_stride(inputs);
+    const int64_t band_floats = ((each - 1) * op.pool.stride_h + 3) * row;
+    float* const z = private_scratch.floats(2 * band_floats + strip * (dy_stride + window_stride));
+    float* const dz = z + band_floats;
+    float* const dy = dz + band_floats;
+    float* const window = dy + strip * dy_stride;
+    for (int64_t r = run.begin; r < run.end; ++r)
+      for (int64_t u = r * units / runs; u < (r + 1) * units / runs; ++u) {
+        const int64_t n = u / bands;
+        const Range pooled{u % bands * op.pool.out_height / bands, (u % bands + 1) * op.pool.out_height / bands};
+        const int64_t top = pooled.begin * op.pool.stride_h - op.pool.pad_h;
+        const Range band{std::max<int64_t>(top, 0), std::min(top + (pooled.size() - 1) * op.pool.stride_h + 3, stem.out_height)};
+        source.rows(n, band, z, outputs, worker);
+        MaxPoolGradient pool = op.pool;
+        pool.x = z;
+        pool.dx = dz;
+        pool.dy += (n * op.pool.out_height + pooled.begin) * op.pool.out_width * outputs;
+        pool.height = band.size();
+        pool.out_height = pooled.size();
+        pool.pad_h = band.begin - top;
+        k.max_pool_gradient(pool);
+        const Gradient whole{dz,      outputs, nullptr, z,       outputs, outputs, nullptr, nullptr, stem.epilogue.activation,
+                             nullptr, nullptr, nullptr, nullptr};
+        const int64_t first = (n * stem.out_height + band.begin) * width;
+        for (int64_t p = 0; p < band.size() * width; p += strip) {
+          const int64_t pixels = std::min(strip, band.size() * width - p);
+          const Gradient part = at(whole, p, 0);
+          k.gradient_sums(part, pixels, nullptr, bias_sums + 2 * u * outputs, bias_sums + (2 * u + 1) * outputs);
+          k.gradient(part, pixels, dy, dy_stride);
+          windows.rows({first + p, first + p + pixels}, window, window_stride);
+          k.product_gradient({dy, dy_stride, window, window_stride, pixels, outputs, inputs, products + r * product, padded(inputs)});
+        }
+      }
+  });
+  for (int64_t n = 0; n < outputs; ++n) {
+    float* const out = op.dweight + n * inputs;
+    std::memset(out, 0, inputs * sizeof(float));
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t j = 0; j < inputs; ++j) out[j] += products[r * product + n * padded(inputs) + j];
+  }
+  add_sums(bias_sums, units, outputs, 2 * outputs, op.dbias, parallel);
+}
+
 void run_window_backward(const WindowBackward& op, const Parallel& parallel) {
   const Kernels& k = kernels();
   // Whole blocks of channels: the kernels that make the buffer write whole vectors.

@@ -83,6 +83,18 @@ struct ProductBackward {
 };
 void run_product_backward(const ProductBackward& op, const Parallel& parallel);
 
+// The gradients of a first convolution with its activation (none, relu or relu6) that a 3x3 max-pool follows. Its rows are made again, a
+// band of them at a time, and neither they nor their gradient stand in memory.
+struct StemPoolBackward {
+  int64_t batch, image_stride;  // floats between images
+  Stem stem;                    // out is not used
+  Windows windows;              // the convolution's
+  MaxPoolGradient pool;         // dy: of all images, pixels dense; x and dx are not used
+  float* dweight;               // (outputs, taps * channels)
+  float* dbias;                 // outputs
+};
+void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel);
+
 // The input gradient of a 3x3 convolution with padding 1: a convolution of dy, zeros around it, with the taps flipped.
 struct WindowBackward {
   int64_t batch, height, width;

@@ -210,7 +210,7 @@ void compiled(Tensor x, std::vector<Tensor> weights, std::string program) {
 
 void run(Bytes& bytes) {
   using Packing = Tensor (*)(const Tensor&);
-  switch (bytes.next() % 30) {
+  switch (bytes.next() % 32) {
       // clang-format off
     case 0: return call(&depthwise, bytes);
     case 1: return call(&pointwise, bytes);
@@ -241,7 +241,9 @@ void run(Bytes& bytes) {
     case 26: return call(&training_conv_backward, bytes);
     case 27: return call(&training_fire, bytes);
     case 28: return call(&training_fire_backward, bytes);
-    default: return call(&training_max_pool_backward, bytes);
+    case 29: return call(&training_max_pool_backward, bytes);
+    case 30: return call(&training_stem_pool, bytes);
+    default: return call(&training_stem_pool_backward, bytes);
       // clang-format on
   }
 }
