@@ -30,6 +30,7 @@ def python(file: str, test: str, breaks: str, find: str, replace: str) -> Mutant
 
 
 SUMS_TEST = "pytest tests/test_inverted_residual.py -k squeeze_excitation"
+STEM_POOL = "pytest tests/test_training_kernels.py -k stem"
 TILES_TEST = "pytest tests/test_training_kernels.py -k tiles"
 KERNELS_TEST = "pytest tests/test_training_kernels.py tests/test_training.py"
 
@@ -578,6 +579,16 @@ TRAINING = [
         "the last run left out",
         "for (int64_t r = 0; r < runs; ++r) {\n            const float* const from",
         "for (int64_t r = 0; r + 1 < runs; ++r) {\n            const float* const from",
+    ),
+    core("training.cpp", STEM_POOL, "a band's padding as its image's", "pool.pad_h = band.begin - top;", "pool.pad_h = op.pool.pad_h;"),
+    core("training.cpp", STEM_POOL, "a band's gradient by the first rows", "op.pool.out_height + pooled.begin) *", "op.pool.out_height) *"),
+    core("training.cpp", STEM_POOL, "windows of the first rows", "(n * stem.out_height + band.begin) * width", "(n * stem.out_height) * width"),
+    core(
+        "training.cpp",
+        "pytest tests/test_training.py tests/test_training_kernels.py",
+        "windows copied by lines past an image's right edge",
+        "roomy && h >= 0 && x >= 0 && past >= 0",
+        "roomy && h >= 0 && x >= 0",
     ),
     core("training.cpp", TILES_TEST, "a cut row starts with the row", "w = first * 4, width", "w = 0 * first, width"),
     core("gradient.h", KERNELS_TEST, "relu's slope at zero", "return t <= 0.0f ? vec{} : dz;", "return t < 0.0f ? vec{} : dz;"),

@@ -267,6 +267,112 @@ def test_average_over_all_batches():
     torch.testing.assert_close(layer[1].running_var.double(), twin[1].running_var, rtol=1e-5, atol=1e-6)
 
 
+# (in and out channels, kernel, stride, padding), activation, pool, image; whole bands and rest, rows that one and two bands read
+STEMS_WITH_POOLS = {
+    "squeezenet1_1": ((3, 64, 3, 2), nn.ReLU, (2, 0, True), (2, 67, 300)),
+    "squeezenet1_0": ((3, 96, 7, 2), nn.ReLU, (2, 0, True), (1, 70, 61)),
+    "wide": ((3, 40, 3, 2, 1), nn.ReLU6, (2, 1, False), (1, 61, 400)),
+    "rows that pools leave out": ((4, 17, 3, 1, 1), nn.ReLU, (3, 0, False), (3, 41, 20)),
+    "pools that overlap": ((1, 33, (5, 2), (1, 2), (2, 1)), nn.ReLU, (1, 1, False), (1, 30, 40)),
+}
+each_stem = pytest.mark.parametrize("name", STEMS_WITH_POOLS)
+
+
+def stem_with_pool(name: str, bias: bool = True) -> tuple[TrainedSequential, torch.Tensor]:
+    conv, activation, pool, (batch, *size) = STEMS_WITH_POOLS[name]
+    layers = nn.Conv2d(*conv, bias=bias), activation(), nn.MaxPool2d(3, *pool[:2], ceil_mode=pool[2])
+    with torch.no_grad():  # sums that float32 has exactly: else a maximum by 1e-8 is another one in float64, and ties are there to be met
+        for parameter in layers[0].parameters():
+            parameter.copy_(torch.randint(-9, 10, parameter.shape) / 8)
+    return TrainedSequential(*layers).train(), torch.randint(-20, 21, (batch, conv[0], *size)) / 4
+
+
+def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, then the parameters' gradients."""
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, list(module.parameters()), cotangent(y).to(y.dtype))]
+
+
+@each_stem
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_stem_and_its_pool(name, bias, isa, monkeypatch):
+    """One pass takes them; output and gradients against float64, by every instruction set, in both layouts."""
+    module, x = stem_with_pool(name, bias)
+    exact, calls = copy.deepcopy(module).double(), []
+    apply = _training._StemPool.apply
+    monkeypatch.setattr(_training._StemPool, "apply", lambda *args: calls.append(1) or apply(*args))
+    wanted = gradients(nn.Sequential(*exact), x.double())
+    for layout in (torch.channels_last, torch.contiguous_format):
+        image = x.contiguous(memory_format=layout)
+        y = module(image)
+        assert y.stride() == wanted[0].contiguous(memory_format=layout).stride() or x.shape[1] == 1
+        for ours, truth in zip(gradients(module, image), wanted, strict=True):
+            assert (ours.double() - truth).norm() <= 2e-6 * truth.norm()
+    assert len(calls) == 4
+
+
+@each_stem
+def test_bits_of_a_stem_and_its_pool_do_not_depend_on_threads(name):
+    module, x = stem_with_pool(name)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(gradients(module, x))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_a_stem_and_its_pool_where_one_pass_does_not_serve(monkeypatch):
+    """An image that wants a gradient, a hook between them, an activation whose slope does not show: by the layers, with the same result."""
+    monkeypatch.setattr(_training._StemPool, "apply", lambda *args: pytest.fail("one pass took them"))
+    for change in ("image", "hook", "activation", "kernel", "padding"):
+        module, x = stem_with_pool("squeezenet1_1")
+        if change == "hook":
+            module[1].register_forward_hook(lambda *_: None)
+        elif change == "activation":
+            module[1] = nn.Hardswish()
+        elif change in ("kernel", "padding"):
+            module[0] = nn.Conv2d(3, 8, 9) if change == "kernel" else nn.Conv2d(3, 8, 3, padding=3)
+            module[0].weight.data.mul_(512).round_().div_(512)
+            module[0].bias.data.zero_()
+        x.requires_grad_(change == "image")
+        exact = nn.Sequential(*copy.deepcopy(module)).double()
+        for ours, truth in zip(gradients(module, x), gradients(exact, x.detach().double()), strict=True):
+            assert (ours.double() - truth).norm() <= 2e-6 * truth.norm()
+
+
+def test_derivatives_of_a_stem_and_its_pool_have_derivatives():
+    module, x = stem_with_pool("squeezenet1_1")
+    exact = nn.Sequential(*copy.deepcopy(module)).double()
+
+    def second(module, x):
+        parameters = list(module.parameters())
+        first = torch.autograd.grad(module(x).square().sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), parameters)
+
+    for ours, truth in zip(second(module, x), second(exact, x.double()), strict=True):
+        assert (ours.double() - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_a_frozen_part_of_a_stem_gets_no_gradient():
+    module, x = stem_with_pool("squeezenet1_1")
+    module[0].weight.requires_grad_(False)
+    module(x).sum().backward()
+    assert module[0].weight.grad is None
+    assert module[0].bias.grad is not None
+
+
+def test_nan_in_a_stem_and_its_pool():
+    module, x = stem_with_pool("squeezenet1_1")
+    x[0, 1, 20, 30] = torch.nan
+    wanted = gradients(nn.Sequential(*copy.deepcopy(module)), x)
+    for ours, other in zip(gradients(module, x), wanted, strict=True):
+        assert torch.equal(ours.isnan(), other.isnan())
+
+
 def test_nan_and_first_maximum():
     x = torch.tensor([[[[1.0, 3.0, 3.0], [float("nan"), 3.0, 0.0], [2.0, 1.0, 0.0]], [[5.0] * 3] * 3]]).requires_grad_()
     for pool in (TrainedSequential(nn.MaxPool2d(3, 1)), nn.MaxPool2d(3, 1)):
@@ -361,6 +467,21 @@ def test_operators_refuse_what_does_not_fit():
         ops.training_max_pool(x, [2, 2], [0, 0], False, torch.randn(2, 8, 3, 3))
     with pytest.raises(RuntimeError, match="training_max_pool_backward: dz must be of the pooled image's shape"):
         ops.training_max_pool_backward(torch.randn(2, 8, 4, 4), x, [2, 2], [0, 0], None)
+    x, weight, geometry = torch.randn(2, 3, 15, 15), torch.randn(8, 3, 3, 3), ([2, 2], [0, 0], [2, 2], [0, 0])
+    for arguments, message in (
+        ((x, torch.randn(8, 4, 3, 3), None, "relu", *geometry, True, None), r"training_stem_pool: weight must be \(Cout, Cin, KH, KW\)"),
+        ((x, weight, torch.randn(7), "relu", *geometry, True, None), r"training_stem_pool: bias must be \(8,\), got \(7,\)"),
+        ((x, weight, None, "relu", *geometry, True, torch.randn(2, 8, 4, 4)), "training_stem_pool: out must be"),
+        ((torch.randn(2, 5, 15, 15), torch.randn(8, 5, 3, 3), None, "relu", *geometry, True, None), "stem: x must have 1 to 4 channels"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.training_stem_pool(*arguments)
+    for dz, activation, message in (
+        (torch.randn(2, 8, 4, 4), "relu", "training_stem_pool_backward: dz must be of the pooled image's shape"),
+        (torch.randn(2, 8, 3, 3), "silu", "training_stem_pool_backward: activation must be None, 'relu' or 'relu6'"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.training_stem_pool_backward(dz, x, weight, None, activation, *geometry)
 
 
 def test_buffers_lend_nothing_twice():
