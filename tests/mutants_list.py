@@ -582,7 +582,7 @@ TRAINING = [
     ),
     core("training.cpp", STEM_POOL, "a band's padding as its image's", "pool.pad_h = band.begin - top;", "pool.pad_h = op.pool.pad_h;"),
     core("training.cpp", STEM_POOL, "a band's gradient by the first rows", "op.pool.out_height + pooled.begin) *", "op.pool.out_height) *"),
-    core("training.cpp", STEM_POOL, "windows of the first rows", "(n * stem.out_height + band.begin) * width", "(n * stem.out_height) * width"),
+    core("training.cpp", STEM_POOL, "windows of the first rows", "(n * stem.out_height + band.begin) *", "(n * stem.out_height) *"),
     core(
         "training.cpp",
         "pytest tests/test_training.py tests/test_training_kernels.py",
