@@ -652,9 +652,10 @@ std::tuple<Tensor, Tensor> training_stem_pool_backward(Tensor dz, Tensor x, Tens
   stem_step(panels, biases, {g.kernel_h, g.kernel_w}, stride, padding, parsed)->output(g.in);  // which checks what the kernel covers
   const Image image(x), arriving(dz);
   Tensor product = floats({g.out.c, g.kernel_h * g.kernel_w * g.in.c}), dbias = floats({g.out.c});
-  const Stem stem{image.data, 1,          g.in.w * g.in.c, g.in.c,     g.in.h,     g.in.w,       g.in.c,
-                  g.out.c,    g.out.h,    g.out.w,         g.kernel_h, g.kernel_w, stride[0],    stride[1],
-                  padding[0], padding[1], data(panels),    {data(biases), nullptr, 0, parsed},   nullptr, {}};
+  const Stem stem{image.data, 1,         g.in.w * g.in.c, g.in.c,     g.in.h,       g.in.w,
+                  g.in.c,     g.out.c,   g.out.h,         g.out.w,    g.kernel_h,   g.kernel_w,
+                  stride[0],  stride[1], padding[0],      padding[1], data(panels), {data(biases), nullptr, 0, parsed},
+                  nullptr,    {}};
   in_parallel(2 * multiply_adds(g), [&](const Parallel& parallel) {
     run_stem_pool_backward({g.in.n,
                             g.in.image(),

@@ -294,7 +294,7 @@ void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel
         pool.out_height = pooled.size();
         pool.pad_h = band.begin - top;
         k.max_pool_gradient(pool);
-        const Gradient whole{dz,      outputs, nullptr, z,       outputs, outputs, nullptr, nullptr, stem.epilogue.activation,
+        const Gradient whole{dz,      outputs, nullptr, z,      outputs, outputs, nullptr, nullptr, stem.epilogue.activation,
                              nullptr, nullptr, nullptr, nullptr};
         const int64_t first = (n * stem.out_height + band.begin) * width;
         for (int64_t p = 0; p < band.size() * width; p += strip) {
