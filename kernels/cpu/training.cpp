@@ -129,8 +129,9 @@ void WindowRows::rows(Range pixels, float* to, Strides to_strides) const {
     const int64_t n = p / image_pixels, h = p % image_pixels / w.out_width * w.stride_h - w.pad_h,
                   x = p % w.out_width * w.stride_w - w.pad_w;
     const float* const from = w.x + ((n * w.height + h) * w.width + x) * w.channels;
-    const int64_t below = w.height - h - w.kernel_h, past = w.width - x - w.kernel_w;
-    if (roomy && h >= 0 && x >= 0 && past >= 0 && (below > 0 || (below == 0 && x * w.channels + lines <= w.width * w.channels))) {
+    const bool inside = h >= 0 && x >= 0 && h + w.kernel_h <= w.height && x + w.kernel_w <= w.width;
+    // the last line ends in the image, too
+    if (roomy && inside && ((h + w.kernel_h - 1) * w.width + x) * w.channels + lines <= w.height * w.width * w.channels) {
       for (int64_t kh = 0; kh < w.kernel_h; ++kh)
         for (int64_t j = 0; j < lines; j += PANEL)
           std::memcpy(to + kh * row + j, from + kh * w.width * w.channels + j, PANEL * sizeof(float));
