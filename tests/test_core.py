@@ -58,6 +58,12 @@ def test_every_mutant_fits_the_sources():
     assert len({(m.file, m.find, m.replace) for m in MUTANTS}) == len(MUTANTS) >= 80
 
 
+@compiles
+def test_what_trains_a_first_convolution_equals_plain_loops():
+    for line in run([str(programs.build("check_training", programs.NATIVE, programs.QUICK))], supported()):
+        assert int(line.split()[1]) > 150, line
+
+
 @pytest.mark.slow
 @compiles
 def test_the_core_equals_plain_loops_on_integers():

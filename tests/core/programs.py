@@ -78,7 +78,7 @@ def core_jobs(isas: list[str], flags: list[str], root: Path = ROOT) -> list[tupl
     for isa in isas:
         own = [f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *ISA_FLAGS[isa]]
         jobs.append(([*flags, *own], root / "kernels/cpu/kernels.cpp", isa))
-    return [*jobs, *((flags, root / f"kernels/cpu/{name}.cpp", name) for name in ("blocks", "isa"))]
+    return [*jobs, *((flags, root / f"kernels/cpu/{name}.cpp", name) for name in ("training", "blocks", "isa"))]
 
 
 def compile_all(cxx: list[str], jobs: list[tuple[list[str], Path, str]], folder: Path) -> list[Path]:
@@ -115,6 +115,8 @@ def sanitize(names: list[str]) -> None:
         program = build("exact", NATIVE, options, cxx)
         # Threads that really run are slow to start, and a race shows in any case that two of them share.
         seconds = run([str(program), "--heap", *(["--threads", "--one-in", "40"] if name == "thread" else [])])
+        if name != "thread":  # it runs on one
+            seconds += run([str(build("check_training", NATIVE, options, cxx))])
         print(f"{name} sanitizer: no report, {seconds:.0f} s", flush=True)
 
 
