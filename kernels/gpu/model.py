@@ -38,8 +38,8 @@ MACHINES = {
 # What share of those rates kernels of this kind are assumed to reach, until one is measured.
 MEMORY, L2, L1, TENSOR, SCALAR = 0.9, 0.7, 0.6, 0.35, 0.6
 BUSY_WARPS = 12  # below so many resident warps a multiprocessor waits
-# Measured over modelled time, the median of the networks' blocks and staged tiles (H100, bf16, batch 128; in parts it is 1.05 of all blocks,
-# 1.4 of those that have staged tiles).
+# Measured over modelled time, the median of the networks' blocks and staged tiles (H100, bf16, batch 128; in parts it is 1.05 of all
+# blocks, 1.4 of those that have staged tiles).
 FITTED = {"marched": 1.7, "staged separable": 0.76, "staged inverted_residual": 0.5, "staged expand_depthwise": 0.72, "staged fire": 0.7}
 
 

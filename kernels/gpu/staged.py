@@ -329,8 +329,8 @@ def staged_kernel(
         y_image = y_ptr + n * OH * OW * E
         lane_valid = (lane // WIDE_COLUMNS < STRIPS) & (lane % WIDE_COLUMNS < COLUMNS) & (lane_w < OW)
 
-    # Weights and taps are loaded a chunk ahead, once the rows have left their registers (x without an expansion is not). A barrier after each
-    # of expand weights, region and rows is written.
+    # Weights and taps are loaded a chunk ahead, once the rows have left their registers (x without an expansion is not). A barrier after
+    # each of expand weights, region and rows is written.
     gl.assume(E > 0)
     for e0 in range(0, E, DEPTH):
         if EXPAND:
