@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -206,9 +206,8 @@ def compiles(block: blocks.Block, form: Form, arch: str) -> frozenset[tuple]:
     if p.op == "fire":
         return frozenset([_pointwise(arch, p.dtype, p.size, c, e, "relu"), _fire_expand(arch, p.dtype, p.size, e, o)])
     if p.op == "stem_pool":
-        size = [(extent + 2 * pad - p.kernel) // s + 1 for extent, s, pad in zip(p.size, p.stride, p.padding)]
-        stem = replace(p, op="stem", height=size[0], width=size[1])
-        return frozenset([_fused(stem, configs.config(stem, arch), (act, between, last), residual), ("max_pool", p.dtype, _align(o))])
+        tile = configs.config(p.before_pool, arch)
+        return frozenset([_fused(p.before_pool, tile, (act, between, last), residual), ("max_pool", p.dtype, _align(o))])
     if p.op == "fire_pool":
         return frozenset([_fire_expand(arch, p.dtype, p.size, c, o)])
     if p.op == "head":

@@ -365,6 +365,14 @@ def test_a_frozen_part_of_a_stem_gets_no_gradient():
     assert module[0].bias.grad is not None
 
 
+def test_a_stem_and_its_pool_of_no_image():
+    x, weight, geometry = torch.randn(0, 3, 15, 15), torch.randn(8, 3, 3, 3), ([2, 2], [0, 0], [2, 2], [0, 0])
+    y = torch.ops.fastconv.training_stem_pool(x, weight, None, "relu", *geometry, True, None)
+    assert y.shape == (0, 8, 3, 3)
+    gradients = torch.ops.fastconv.training_stem_pool_backward(y, x, weight, None, "relu", *geometry)
+    assert all(not gradient.any() for gradient in gradients)
+
+
 def test_nan_in_a_stem_and_its_pool():
     module, x = stem_with_pool("squeezenet1_1")
     x[0, 1, 20, 30] = torch.nan

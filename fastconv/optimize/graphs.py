@@ -152,10 +152,8 @@ class Graphs:
                 # CPU. If they are not, this result is nobody's, and the call begins anew.
                 result = self._replayed(last, args, reuse_outputs)
             graph = self._graph(key, args)
-            if graph is not None and graph is last:
-                return result
             if graph is not None:
-                return self._replayed(graph, args, reuse_outputs)
+                return result if graph is last else self._replayed(graph, args, reuse_outputs)
         return self.plan(*args)
 
     def _replayed(self, graph: Captured, args: tuple[Tensor, ...], reuse_outputs: bool) -> Any:

@@ -68,6 +68,20 @@ void add_sums(const float* parts, int64_t number, int64_t size, int64_t stride, 
   });
 }
 
+// Sums over `runs` of a product's parts, (outputs, inputs up to whole vectors) each.
+void add_products(const float* parts, int64_t runs, int64_t outputs, int64_t inputs, float* out, const Parallel& parallel) {
+  const int64_t stride = padded(inputs), product = outputs * stride;
+  parallel.split(outputs, ceil_div(4096, inputs), 1, [&](Range range) {
+    for (int64_t n = range.begin; n < range.end; ++n) {
+      float* const to = out + n * inputs;
+      const float* const in = parts + n * stride;
+      std::memcpy(to, in, inputs * sizeof(float));
+      for (int64_t r = 1; r < runs; ++r)
+        for (int64_t j = 0; j < inputs; ++j) to[j] += in[r * product + j];
+    }
+  });
+}
+
 // Means and squares about them, of parts of count(i) pixels each, (2, channels) a part, to those of the whole (Chan et al., 1979).
 template <class Count>
 void join_moments(const float* parts, int64_t number, int64_t channels, int64_t pixels, const Count& count, const Statistics& out,
@@ -238,17 +252,7 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
     }
   });
 
-  if (op.dweight) {
-    parallel.split(outputs, ceil_div(4096, inputs), 1, [&](Range range) {
-      for (int64_t n = range.begin; n < range.end; ++n) {
-        float* const out = op.dweight + n * inputs;
-        const float* const in = products + n * padded(inputs);
-        std::memcpy(out, in, inputs * sizeof(float));
-        for (int64_t r = 1; r < runs; ++r)
-          for (int64_t j = 0; j < inputs; ++j) out[j] += in[r * product + j];
-      }
-    });
-  }
+  if (op.dweight) add_products(products, runs, outputs, inputs, op.dweight, parallel);
   if (op.dbias) add_sums(bias_sums, strips.number, outputs, 2 * outputs, op.dbias, parallel);
   if (op.through.kind == Through::activation) add_sums(through_sums, strips.number, 2 * inputs, 2 * inputs, op.through.sums, parallel);
   if (sums_by_image) {
@@ -268,7 +272,8 @@ void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel
   const int64_t rows = std::max<int64_t>(STRIP_FLOATS / row, 3), most = (rows - 3) / op.pool.stride_h + 1;
   const int64_t bands = ceil_div(op.pool.out_height, most), each = ceil_div(op.pool.out_height, bands), units = op.batch * bands;
   const int64_t strip = std::clamp<int64_t>(STRIP_FLOATS / (inputs + outputs), 28, 448) / 28 * 28;
-  const int64_t product = outputs * padded(inputs), runs = std::min(units, std::clamp<int64_t>(512 * 1024 / product, 4, 16));
+  const int64_t product = outputs * padded(inputs);
+  const int64_t runs = std::max<int64_t>(1, std::min(units, std::clamp<int64_t>(512 * 1024 / product, 4, 16)));  // of no image, zeros
   float* const products = shared_scratch.floats(runs * product + units * 2 * outputs);
   float* const bias_sums = products + runs * product;
   std::memset(products, 0, (runs * product + units * 2 * outputs) * sizeof(float));
@@ -308,12 +313,7 @@ void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel
         }
       }
   });
-  for (int64_t n = 0; n < outputs; ++n) {
-    float* const out = op.dweight + n * inputs;
-    std::memset(out, 0, inputs * sizeof(float));
-    for (int64_t r = 0; r < runs; ++r)
-      for (int64_t j = 0; j < inputs; ++j) out[j] += products[r * product + n * padded(inputs) + j];
-  }
+  add_products(products, runs, outputs, inputs, op.dweight, parallel);
   add_sums(bias_sums, units, outputs, 2 * outputs, op.dbias, parallel);
 }
 

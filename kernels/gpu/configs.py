@@ -48,6 +48,13 @@ class Problem:
         return replace(self, op="separable", in_channels=self.between, between=0, image=self.size)
 
     @property
+    def before_pool(self) -> Problem:
+        """The convolution of a stem with its max-pool, by itself."""
+        along = zip(self.size, self.stride, self.padding)
+        height, width = ((extent + 2 * padding - self.kernel) // stride + 1 for extent, stride, padding in along)
+        return replace(self, op="stem", height=height, width=width)
+
+    @property
     def item(self) -> int:
         """Bytes of an element."""
         return 2 if self.half else 4

@@ -301,9 +301,8 @@ def parts(problem: Problem, arch: str) -> list[Work]:
         moved = (full + pixels) * 2 * o * problem.item
         return [_fire_expand(problem, full, c, o), Work(moved, moved, 9 * pixels * 2 * o * problem.item, 0, 9 * pixels * 2 * o)]
     if problem.op == "stem_pool":
-        size = [(extent + 2 * p - problem.kernel) // s + 1 for extent, s, p in zip(problem.size, problem.stride, problem.padding)]
-        stem = replace(problem, op="stem", height=size[0], width=size[1])
-        moved = (size[0] * size[1] + pixels) * o * problem.item
+        stem = problem.before_pool
+        moved = (stem.height * stem.width + pixels) * o * problem.item
         return [work(stem, best(stem, arch)), Work(moved, moved, 9 * pixels * o * problem.item, 0, 9 * pixels * o)]
     if problem.op == "head":
         read = pixels * o * problem.item
