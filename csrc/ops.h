@@ -58,16 +58,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
                                                                   Ints stride, Ints padding, bool needs_input, bool needs_weight,
                                                                   bool needs_bias, OptionalTensor out);
 Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1,
-                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor out);
+                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor squeezed, OptionalTensor out);
 Tensor training_max_pool(Tensor x, Ints stride, Ints padding, bool ceil_mode, OptionalTensor out);
 Tensor training_max_pool_backward(Tensor dz, Tensor x, Ints stride, Ints padding, OptionalTensor out);
 Tensor training_stem_pool(Tensor x, Tensor weight, OptionalTensor bias, OptionalString activation, Ints stride, Ints padding,
                           Ints pool_stride, Ints pool_padding, bool ceil_mode, OptionalTensor out);
 std::tuple<Tensor, Tensor> training_stem_pool_backward(Tensor dz, Tensor x, Tensor weight, OptionalTensor bias, OptionalString activation,
                                                        Ints stride, Ints padding, Ints pool_stride, Ints pool_padding);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
-                                                                                          Tensor squeeze_weight,
-                                                                                          OptionalTensor squeeze_bias, Tensor weight1x1,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x, Tensor squeezed,
+                                                                                          Tensor squeeze_weight, Tensor weight1x1,
                                                                                           Tensor weight3x3, bool needs_input,
                                                                                           OptionalTensor out);
 

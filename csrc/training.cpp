@@ -64,10 +64,13 @@ Tensor empty_image(const Shape& shape) { return Result(shape.n, shape.c, shape.h
 Tensor nothing() { return floats({0}); }
 
 // Where a result goes: memory that the caller brings, or its own.
+void check_written(const char* op, const char* name, const Tensor& image, const Shape& shape) {
+  check_shape(op, name, image, shape);
+  check(is_channels_last(image), op, name, " must be channels_last");
+}
 Tensor result_image(const char* op, const OptionalTensor& out, const Shape& shape) {
   if (!out) return empty_image(shape);
-  check_shape(op, "out", *out, shape);
-  check(is_channels_last(*out), op, "out must be channels_last");
+  check_written(op, "out", *out, shape);
   return *out;
 }
 // What is not to come back a second time.
@@ -427,15 +430,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training_conv_backward(Tensor dz, Opt
 
 namespace {
 
-Tensor pack_training_winograd(const Tensor& weight, const Parallel& parallel) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), floats_a_panel = 36 * inputs * PANEL;
-  Tensor panels = floats({panels_for(outputs), 36 * inputs, PANEL});
-  parallel.split(panels_for(outputs), 1, 1, [&](Range range) {
-    for (int64_t g = range.begin; g < range.end; ++g)
-      pack_winograd_panel(data(weight), outputs, inputs, g, mutable_data(panels) + g * floats_a_panel);
-  });
-  return panels;
-}
+// A dense 3x3 weight as direct sums and as Winograd's products read it.
+struct Panels3x3 {
+  Tensor direct, winograd;
+  Panels3x3(const Tensor& weight, const Parallel& parallel)
+      : direct(floats({panels_for(weight.size(0)), 9 * weight.size(1), PANEL})),
+        winograd(floats({panels_for(weight.size(0)), 36 * weight.size(1), PANEL})) {
+    const int64_t outputs = weight.size(0), inputs = weight.size(1);
+    parallel.split(panels_for(outputs), 1, 1, [&](Range range) {
+      for (int64_t g = range.begin; g < range.end; ++g) {
+        pack_panel(data(weight), outputs, inputs, 9, g, mutable_data(direct) + g * 9 * inputs * PANEL);
+        pack_winograd_panel(data(weight), outputs, inputs, g, mutable_data(winograd) + g * 36 * inputs * PANEL);
+      }
+    });
+  }
+};
 
 // (E, S, 3, 3) as the convolution that takes dy back: (S, E, 3, 3), its taps turned by half; E up to a multiple of 16, with zeros.
 Tensor flipped(const Tensor& weight) {
@@ -462,13 +471,14 @@ struct FireShapes {
           "weight3x3 must be (Cout, ", squeezed, ", 3, 3), got ", shape_of{weight3x3});
     check_floats(op, "weight3x3", weight3x3);
   }
+  Shape squeezed_image() const { return {in.n, squeezed, in.h, in.w}; }
   int64_t multiply_adds() const { return pixels * squeezed * (in.c + out1 + 9 * out3); }
 };
 
 }  // namespace
 
 Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bias, Tensor weight1x1, OptionalTensor bias1x1,
-                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor out) {
+                     Tensor weight3x3, OptionalTensor bias3x3, OptionalTensor squeezed, OptionalTensor out) {
   const char* op = "training_fire";
   check_images(op, "x", x);
   const FireShapes f(op, x, squeeze_weight, weight1x1, weight3x3);
@@ -479,9 +489,10 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
   const Image image(x);
   const Tensor dense = to_contiguous(weight3x3);
   Tensor z = result_image(op, out, {f.in.n, f.out1 + f.out3, f.in.h, f.in.w});
+  if (squeezed) check_written(op, "squeezed", *squeezed, f.squeezed_image());
   in_parallel(f.multiply_adds(), [&](const Parallel& parallel) {
-    const Tensor squeeze = pack_training_panels(squeeze_weight, false, parallel), expand = pack_training_panels(weight1x1, false, parallel),
-                 direct = pack_panels(dense), winograd = pack_training_winograd(dense, parallel);
+    const Tensor squeeze = pack_training_panels(squeeze_weight, false, parallel), expand = pack_training_panels(weight1x1, false, parallel);
+    const Panels3x3 three(dense, parallel);
     run_fire({image.data,
               f.in.c,
               f.in.n,
@@ -489,20 +500,20 @@ Tensor training_fire(Tensor x, Tensor squeeze_weight, OptionalTensor squeeze_bia
               f.in.w,
               {data(squeeze), data(biases[0]), f.in.c, f.squeezed, Activation::relu},
               {data(expand), data(biases[1]), f.squeezed, f.out1, Activation::relu},
-              data(direct),
-              data(winograd),
+              data(three.direct),
+              data(three.winograd),
               data(biases[2]),
               f.out3,
               mutable_data(z),
-              f.out1 + f.out3},
+              f.out1 + f.out3,
+              squeezed ? mutable_data(*squeezed) : nullptr},
              parallel);
   });
   return returned(out, z);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x,
-                                                                                          Tensor squeeze_weight,
-                                                                                          OptionalTensor squeeze_bias, Tensor weight1x1,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire_backward(Tensor dz, Tensor z, Tensor x, Tensor squeezed,
+                                                                                          Tensor squeeze_weight, Tensor weight1x1,
                                                                                           Tensor weight3x3, bool needs_input,
                                                                                           OptionalTensor out) {
   const char* op = "training_fire_backward";
@@ -514,16 +525,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
   check_shape(op, "z", z, shape);
   check_shape(op, "dz", dz, shape);
   check(!out || needs_input, op, "out must be None where needs_input is False");
-  check_vector(op, "squeeze_bias", squeeze_bias, f.squeezed);
-  const Image image(x), result(z), arriving(dz);
-  const Tensor bias = bias_or_zeros(squeeze_bias, f.squeezed), zeros = fastconv::zeros(std::max(f.squeezed, f.in.c));
+  check_shape(op, "squeezed", squeezed, f.squeezed_image());
+  const Image image(x), result(z), arriving(dz), squeezed_image(squeezed);
+  const Tensor zeros = fastconv::zeros(std::max(f.squeezed, f.in.c));
   Tensor dx = needs_input ? result_image(op, out, f.in) : nothing();
   Tensor dsqueeze = floats({f.squeezed, f.in.c, 1, 1}), dsqueeze_bias = floats({f.squeezed});
   Tensor dweight1 = floats({f.out1, f.squeezed, 1, 1}), dbias1 = floats({f.out1});
   Tensor dweight3 = floats({f.out3, f.squeezed, 3, 3}), dbias3 = floats({f.out3}), sums = floats({2, f.squeezed});
   const Tensor turned = flipped(weight3x3);
-  // The squeezed image, made again, and its gradient.
-  Tensor squeezed = floats({f.pixels, f.squeezed}), dsqueezed = floats({f.pixels, f.squeezed});
+  Tensor dsqueezed = floats({f.pixels, f.squeezed});
   const auto expand = [&](int64_t first, int64_t count) {
     Gradient g{};
     g.dz = arriving.data + first;
@@ -536,18 +546,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
   in_parallel(2 * f.multiply_adds(), [&](const Parallel& parallel) {
     const Activated plain{image.data, f.in.c, f.in.c, nullptr, nullptr, Activation::none, nullptr};
     const PixelRows input(plain, image_pixels);
-    const Tensor squeeze_panels = pack_training_panels(squeeze_weight, false, parallel);
-    run_training_product(input, f.pixels, {data(squeeze_panels), data(bias), f.in.c, f.squeezed, Activation::relu}, mutable_data(squeezed),
-                         {nullptr, nullptr}, parallel);
-
-    const Activated middle{data(squeezed), f.squeezed, f.squeezed, nullptr, nullptr, Activation::relu, nullptr};
+    const Activated middle{squeezed_image.data, f.squeezed, f.squeezed, nullptr, nullptr, Activation::relu, nullptr};
     const Through nothing_more{Through::nothing, middle, nullptr, nullptr};
-    const Tensor direct = pack_panels(turned), winograd = pack_training_winograd(turned, parallel);
-    run_window_backward(
-        {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(direct), data(winograd), data(zeros), mutable_data(dsqueezed), f.squeezed},
-        parallel);
+    const Panels3x3 three(turned, parallel);
+    run_window_backward({f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(three.direct), data(three.winograd), data(zeros),
+                         mutable_data(dsqueezed), f.squeezed},
+                        parallel);
     run_window_gradient(
-        {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), data(squeezed), f.squeezed, mutable_data(dweight3), mutable_data(dbias3)},
+        {f.in.n, f.in.h, f.in.w, expand(f.out1, f.out3), squeezed_image.data, f.squeezed, mutable_data(dweight3), mutable_data(dbias3)},
         parallel);
     const PixelRows middle_rows(middle, image_pixels);
     const Tensor panels1 = pack_training_panels(weight1x1, true, parallel);
@@ -567,7 +573,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_fire
 
     Gradient g{};
     g.dz = data(dsqueezed);
-    g.y = data(squeezed);
+    g.y = squeezed_image.data;
     g.dz_stride = g.y_stride = g.channels = f.squeezed;
     g.activation = Activation::none;
     const Tensor panels = needs_input ? pack_training_panels(squeeze_weight, true, parallel) : nothing();

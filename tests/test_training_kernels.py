@@ -173,8 +173,9 @@ def test_weights_of_a_fire_by_tiles(channels, shape, isa, poison):
     squeeze, bias, weight1x1, weight3x3 = (
         torch.randn(size) for size in ((squeezed, inputs, 1, 1), (squeezed,), (one, squeezed, 1, 1), (three, squeezed, 3, 3))
     )
-    *_, dweight, dbias = torch.ops.fastconv.training_fire_backward(dz, z, x, squeeze, bias, weight1x1, weight3x3, False, None)
     middle = nn.functional.conv2d(x.double(), squeeze.double(), bias.double()).relu()
+    images, weights = (dz, z, x, middle.float()), (squeeze, weight1x1, weight3x3)
+    *_, dweight, dbias = torch.ops.fastconv.training_fire_backward(*images, *weights, False, None)
     through = torch.where(z <= 0, 0.0, dz)[:, one:].double()
     expected = torch.nn.grad.conv2d_weight(middle, weight3x3.shape, through, padding=1)
     for ours, truth in ((dweight, expected), (dbias, through.sum((0, 2, 3)))):

@@ -518,24 +518,26 @@ def fire(x: Tensor, squeeze: nn.Conv2d, expand1x1: nn.Conv2d, expand3x3: nn.Conv
 
 
 class _Fire(torch.autograd.Function):
-    """Keeps its input and its result; the squeezed image is made again."""
+    """Keeps its input, the squeezed image and its result."""
 
     @staticmethod
     def forward(ctx, x, *parameters):
         n, _, h, w = x.shape
+        squeezed = buffers.image((n, parameters[0].shape[0], h, w))
         z = buffers.image((n, parameters[2].shape[0] + parameters[4].shape[0], h, w))
-        torch.ops.fastconv.training_fire(x, *parameters, z)
-        ctx.save_for_backward(x, z, *parameters)
+        torch.ops.fastconv.training_fire(x, *parameters, squeezed, z)
+        ctx.save_for_backward(x, squeezed, z, *parameters)
         return z
 
     @staticmethod
     def backward(ctx, dz):
-        x, z, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3 = ctx.saved_tensors
+        x, squeezed, z, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3 = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (x, squeeze, squeeze_bias, weight1x1, bias1x1, weight3x3, bias3x3)
             return tuple(_vjp(reference.fire, inputs, ctx.needs_input_grad, dz))
         dx = buffers.image(x.shape) if ctx.needs_input_grad[0] else None
-        _, *gradients = torch.ops.fastconv.training_fire_backward(dz, z, x, squeeze, squeeze_bias, weight1x1, weight3x3, dx is not None, dx)
+        images, weights = (dz, z, x, squeezed), (squeeze, weight1x1, weight3x3)
+        _, *gradients = torch.ops.fastconv.training_fire_backward(*images, *weights, dx is not None, dx)
         gradients = (dx, *gradients)
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 

@@ -270,6 +270,14 @@ struct FireStrip {
     }
   }
 
+  // Rows of image n, whose buffer begins a row before them, to op.squeezed.
+  void keep(const float* buffer, int64_t n, Range rows) const {
+    if (!op.squeezed) return;
+    const int64_t row = op.width * squeeze;
+    for (int64_t i = 0; i < rows.size(); ++i)
+      std::memcpy(op.squeezed + (n * op.height + rows.begin + i) * row, buffer + (i + 1) * row_floats() + squeeze, row * sizeof(float));
+  }
+
   void expand1x1(const float* buffer, Range rows, Range panels, float* out) const {
     for (int64_t i = 0; i < rows.size(); ++i) {
       const float* row = buffer + (i + 1) * row_floats() + squeeze;
@@ -396,6 +404,7 @@ void run_fire(const Fire& op, const Parallel& parallel) {
     for (int64_t n = 0; n < op.batch; ++n) {
       split(parallel, rows, op.width * op.squeeze.in_channels * strip.squeeze,
             [&](Range part) { strip.fill(op.x + n * in_floats, 0, part, buffer); });
+      strip.keep(buffer, n, {0, op.height});
       float* out = op.out + n * out_floats;
       if (by_panels)
         strip.expand_by_panels(buffer, out, parallel);
@@ -416,6 +425,7 @@ void run_fire(const Fire& op, const Parallel& parallel) {
       const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
       float* buffer = private_scratch.floats(strip.buffer_rows(rows.size()) * strip.row_floats());
       strip.fill(op.x + n * in_floats, rows.begin, {0, strip.buffer_rows(rows.size())}, buffer);
+      strip.keep(buffer, n, rows);
       strip.expand(buffer, rows, op.out + n * out_floats);
       u += last - first;
     }

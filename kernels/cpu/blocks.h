@@ -45,6 +45,7 @@ struct Fire {
   int64_t expand3x3_channels;
   float* out;  // expand1x1's channels, then expand3x3's; where out is blocked, expand1x1's are a multiple of 16
   Strides out_strides;
+  float* squeezed = nullptr;  // where the squeezed image is kept, pixels dense, if it is
 };
 
 struct SqueezeExcite {

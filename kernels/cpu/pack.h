@@ -16,22 +16,20 @@ inline void pack_paired(const float* weight, int64_t channels, int64_t in_channe
       for (int64_t i = 0; i < 2; ++i) *panel++ = j < channels && k + i < in_channels ? weight[j * in_channels + k + i] : 0.0f;
 }
 
-// (Cout, Cin, KH, KW) -> panels (ceil(Cout / 16), KH * KW * Cin, 16), zeros beyond Cout.
-inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_channels, int64_t taps, float* panels) {
-  for (int64_t g = 0; g < panels_for(out_channels); ++g) {
-    const int64_t first = g * PANEL;
-    if (taps == 1 && out_channels - first <= PAIRED) {
-      std::memset(panels, 0, in_channels * PANEL * sizeof(float));
-      pack_paired(weight + first * in_channels, out_channels - first, in_channels, panels);
-      return;
-    }
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t c = 0; c < in_channels; ++c)
-        for (int64_t j = 0; j < PANEL; ++j) {
-          const int64_t n = first + j;
-          *panels++ = n < out_channels ? weight[(n * in_channels + c) * taps + tap] : 0.0f;
-        }
+// Panel `g` of (Cout, Cin, KH, KW) -> panels (ceil(Cout / 16), KH * KW * Cin, 16), zeros beyond Cout.
+inline void pack_panel(const float* weight, int64_t out_channels, int64_t in_channels, int64_t taps, int64_t g, float* panel) {
+  const int64_t first = g * PANEL;
+  if (taps == 1 && out_channels - first <= PAIRED) {
+    std::memset(panel, 0, in_channels * PANEL * sizeof(float));
+    return pack_paired(weight + first * in_channels, out_channels - first, in_channels, panel);
   }
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t c = 0; c < in_channels; ++c)
+      for (int64_t n = first; n < first + PANEL; ++n) *panel++ = n < out_channels ? weight[(n * in_channels + c) * taps + tap] : 0.0f;
+}
+inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_channels, int64_t taps, float* panels) {
+  for (int64_t g = 0; g < panels_for(out_channels); ++g)
+    pack_panel(weight, out_channels, in_channels, taps, g, panels + g * taps * in_channels * PANEL);
 }
 
 // Panel `g` of (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G w G^T for Winograd F(4x4, 3x3), in double until the last
