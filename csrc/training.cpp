@@ -123,20 +123,25 @@ Tensor pack_training_panels(const Tensor& weight, bool transposed, const Paralle
   parallel.split(panels_for(columns), ceil_div(4096, depth * PANEL), 1, [&](Range range) {
     for (int64_t g = range.begin; g < range.end; ++g) {
       const int64_t first = g * PANEL, lanes = std::min(PANEL, columns - first);
-      float* panel = to + g * depth * PANEL;
+      float* const panel = to + g * depth * PANEL;
+      // f(column, input, value)
+      const auto each = [&](const auto& f) {
+        if (transposed) {
+          for (int64_t k = 0; k < depth; ++k)
+            for (int64_t j = 0; j < lanes; ++j) f(j, k, w[k * inputs + first + j]);
+          return;
+        }
+        for (int64_t j = 0; j < lanes; ++j)
+          for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t c = 0; c < inputs; ++c) f(j, tap * inputs + c, w[((first + j) * inputs + c) * taps + tap]);
+      };
+      if (lanes < PANEL) std::memset(panel, 0, depth * PANEL * sizeof(float));
       if (lanes <= PAIRED) {  // as the pointwise kernel wants its last panel
         std::vector<float> rows(lanes * depth);
-        for (int64_t j = 0; j < lanes; ++j)
-          for (int64_t k = 0; k < depth; ++k)
-            rows[j * depth + k] = transposed ? w[k * inputs + first + j] : w[((first + j) * inputs + k % inputs) * taps + k / inputs];
-        std::memset(panel, 0, depth * PANEL * sizeof(float));
+        each([&](int64_t j, int64_t k, float value) { rows[j * depth + k] = value; });
         pack_paired(rows.data(), lanes, depth, panel);
-        continue;
-      }
-      for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-        for (int64_t j = 0; j < lanes; ++j)
-          panel[j] = transposed ? w[k * inputs + first + j] : w[((first + j) * inputs + k % inputs) * taps + k / inputs];
-        for (int64_t j = lanes; j < PANEL; ++j) panel[j] = 0.0f;
+      } else {
+        each([&](int64_t j, int64_t k, float value) { panel[k * PANEL + j] = value; });
       }
     }
   });

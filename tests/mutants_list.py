@@ -610,8 +610,24 @@ TRAINING = [
         "training.cpp",
         KERNELS_TEST,
         "a strip's sums lost at an image's end",
-        "return {first + begin, first + (i % per + 1) * in_image / per};",
-        "return {first + begin, first + ((i % per + 1) * in_image - 1) / per};",
+        "part == per ? in_image : part",
+        "part == per ? in_image - 1 : part",
+    ),
+    core(
+        "training.cpp",
+        KERNELS_TEST,
+        "a bias gradient's sums of one strip only",
+        "outputs, bias_sums + i * outputs);",
+        "outputs, bias_sums);",
+    ),
+    core("gradient.h", KERNELS_TEST, "a product's last outputs in the wrong rows", "if (n < op.outputs)\n", "if (n + 1 < op.outputs)\n"),
+    core("gradient.h", KERNELS_TEST, "a vector of inputs twice", "op.z_strides.at(0, k + v * W)", "op.z_strides.at(0, k)"),
+    core(
+        "blocks.cpp",
+        KERNELS_TEST,
+        "the squeezed image a row off",
+        "buffer + (i + 1) * row_floats() + squeeze, row",
+        "buffer + i * row_floats() + squeeze, row",
     ),
 ]
 

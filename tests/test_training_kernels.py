@@ -182,6 +182,35 @@ def test_weights_of_a_fire_by_tiles(channels, shape, isa, poison):
         assert (ours - truth).abs().max() < 5e-6 * truth.abs().max()
 
 
+@pytest.mark.parametrize("batch", [1, 5])  # rows shared by the threads, and strips of each image
+def test_the_squeezed_image_is_kept(batch, isa, poison):
+    fire = randomised(fastconv.nn.Fire(20, 18, 9, 33))
+    x = torch.randn(batch, 20, 27, 31).contiguous(memory_format=torch.channels_last)
+    convs = (fire.squeeze, fire.expand1x1, fire.expand3x3)
+    weights = [tensor.detach() for conv in convs for tensor in (conv.weight, conv.bias)]
+    squeezed = torch.empty(batch, 18, 27, 31).contiguous(memory_format=torch.channels_last)
+    y = torch.ops.fastconv.training_fire(x, *weights, squeezed, None)
+    truth = nn.functional.conv2d(x.double(), weights[0].double(), weights[1].double()).relu()
+    assert (squeezed - truth).abs().max() < 1e-6 * truth.abs().max()
+    assert torch.equal(y, torch.ops.fastconv.training_fire(x, *weights, None, None))
+    for bad, why in ((squeezed[:, 1:], "must be"), (torch.empty(squeezed.shape), "must be channels_last")):
+        with pytest.raises(RuntimeError, match=f"training_fire: squeezed {why}"):
+            torch.ops.fastconv.training_fire(x, *weights, bad, None)
+    with pytest.raises(RuntimeError, match="training_fire_backward: squeezed must be"):
+        torch.ops.fastconv.training_fire_backward(y, y, x, squeezed[:, 1:], *weights[::2], True, None)
+
+
+def test_weights_beyond_l2(isa, poison):
+    """More than 2**18, for which strips are cut otherwise: 682 pixels, outputs that end in half a panel."""
+    conv = randomised(nn.Conv2d(440, 601, 1))
+    module = TrainedSequential(conv, nn.ReLU()).train()
+    x = torch.randn(2, 440, 11, 31).requires_grad_()
+    actual, exact = step(module, x), step(copy.deepcopy(module).double(), x.detach().double().requires_grad_())
+    for key, value in actual.items():
+        if value is not None:
+            assert (value - exact[key]).norm() < 3e-6 * exact[key].norm(), key
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e32], ids=str)
 def test_tiles_with_huge_numbers_are_summed_directly(bad, isa):
     """As plain torch does, class by class: a pixel does not spread over its tile's taps."""

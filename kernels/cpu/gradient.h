@@ -246,49 +246,72 @@ inline void through_gate(const Activated& op, int64_t pixels, float* dz, int64_t
   });
 }
 
-// A tile of the product, outputs x inputs, in registers over all rows.
+// Tiles of the product, outputs x inputs, stay in registers over all rows: 8x48, 8x32 and 16x16 on AVX-512. A tile's outputs lie in one block
+// of 16, so that blocked gradients are read line after line (1000 x 512 over 112 rows: 152 GFLOP/s, with gradients a page apart 134).
+constexpr int PRODUCT_NV = 3;
+template <int NV>
+constexpr int product_rows() {
+  if constexpr (REGISTERS == 32) return NV == 1 ? 16 : 8;
+  return NV == 1 ? 8 : 4;
+}
+// Returns what is left of `soon`.
 template <int MR, int NV>
-__attribute__((noinline)) void product_gradient_tile(const ProductGradient& op, int64_t n, int64_t k) {
+__attribute__((noinline)) Fetch product_gradient_tile(const ProductGradient& op, int64_t n, int64_t k, Fetch soon, int64_t soon_a_row) {
   vec sum[MR][NV];
   float* const to = op.sums + n * op.sums_stride + k;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sum[r][v] = load(to + r * op.sums_stride + v * W);
-  const float *dy = op.dy + n, *z = op.z + k;
-  for (int64_t row = 0; row < op.rows; ++row, dy += op.dy_stride, z += op.z_stride) {
+  const float *dy = op.dy + op.dy_strides.at(0, n), *z[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) z[v] = op.z + op.z_strides.at(0, k + v * W);
+  const int64_t dy_pixel = op.dy_strides.pixel, z_pixel = op.z_strides.pixel;
+  for (int64_t row = 0; row < op.rows; ++row, dy += dy_pixel) {
     vec inputs[NV + 1];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) inputs[v] = load(z + v * W);
+    for (int v = 0; v < NV; ++v) {
+      inputs[v] = load(z[v]);
+      z[v] += z_pixel;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) multiply_add<NV>(sum[r], dy + r, inputs);
+    if (soon.begin < soon.end) {
+      for (int64_t i = 0; i < soon_a_row; i += PANEL) __builtin_prefetch(soon.begin + i, 0, 2);
+      soon.begin += soon_a_row;
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) store(to + r * op.sums_stride + v * W, sum[r][v]);
+  return soon;
+}
+
+// f(NV, first input) over all inputs.
+template <class F>
+FASTCONV_INLINE void for_product_chunks(int64_t inputs, F f) {
+  const int64_t vectors = ceil_div(inputs, W);
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v, nv = left == PRODUCT_NV + 1 ? 2 : left < PRODUCT_NV ? left : PRODUCT_NV;
+    with_constant<PRODUCT_NV>(nv, [&](auto NV) { f(NV, v * W); });
+    v += nv;
+  }
 }
 
 inline void product_gradient(const ProductGradient& op) {
-  const int64_t vectors = ceil_div(op.inputs, W);
-  const auto columns = [&](auto NV, int64_t k) {
-    constexpr int MOST = max_rows<NV>();
-    const Pieces pieces(op.outputs, MOST);
-    const auto run = [&](int64_t size, int64_t n, int64_t number) {
-      if (number > 0)
-        with_constant<MOST>(size, [&](auto MR) {
-          for (int64_t i = 0; i < number; ++i) product_gradient_tile<MR, NV>(op, n + i * size, k);
-        });
-    };
-    run(pieces.size + 1, 0, pieces.longer);
-    run(pieces.size, pieces.longer * (pieces.size + 1), pieces.shorter);
-  };
-  for (int64_t v = 0; v < vectors;) {
-    int64_t nv = vectors - v < PREFERRED_NV ? vectors - v : PREFERRED_NV;
-    if (vectors - v == PREFERRED_NV + 1 && PREFERRED_NV < MAX_NV) nv = PREFERRED_NV + 1;
-    with_constant<MAX_NV>(nv, [&](auto NV) { columns(NV, v * W); });
-    v += nv;
-  }
+  if (op.rows == 0) return;
+  int64_t tiles = 0;
+  for_product_chunks(op.inputs, [&](auto NV, int64_t) { tiles += ceil_div(op.outputs, product_rows<NV>()); });
+  Fetch soon = op.soon;
+  const int64_t soon_a_row = ceil_div(soon.size(), tiles * op.rows * PANEL) * PANEL;
+  for_product_chunks(op.inputs, [&](auto NV, int64_t k) {
+    constexpr int MOST = product_rows<NV>();
+    int64_t n = 0;
+    for (; n + MOST <= op.outputs; n += MOST) soon = product_gradient_tile<MOST, NV>(op, n, k, soon, soon_a_row);
+    if (n < op.outputs)
+      with_constant<MOST>(op.outputs - n, [&](auto MR) { soon = product_gradient_tile<MR, NV>(op, n, k, soon, soon_a_row); });
+  });
 }
 
 // One output row under one row of taps: each input pixel meets K outputs, or K / 2.

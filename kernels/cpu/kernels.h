@@ -166,12 +166,13 @@ struct Gradient {
 // sums[n, k] += sum over rows of dy[row, n] * z[row, k]. z's rows and those of sums reach to whole vectors.
 struct ProductGradient {
   const float* dy;
-  int64_t dy_stride;
+  Strides dy_strides;
   const float* z;
-  int64_t z_stride;
+  Strides z_strides;
   int64_t rows, outputs, inputs;
   float* sums;
   int64_t sums_stride;
+  Fetch soon = {};  // what is read or written after this product
 };
 
 // A row of tiles on their way into Winograd's sums (winograd_gradient.h). Whole vectors of channels.
