@@ -246,8 +246,8 @@ inline void through_gate(const Activated& op, int64_t pixels, float* dz, int64_t
   });
 }
 
-// Tiles of the product, outputs x inputs, stay in registers over all rows: 8x48, 8x32 and 16x16 on AVX-512. A tile's outputs lie in one block
-// of 16, so that blocked gradients are read line after line (1000 x 512 over 112 rows: 152 GFLOP/s, with gradients a page apart 134).
+// Tiles of the product, outputs x inputs, stay in registers over all rows: 8x48, 8x32 and 16x16 on AVX-512. A tile's outputs lie in one
+// block of 16, so that blocked gradients are read line after line (1000 x 512 over 112 rows: 152 GFLOP/s, with gradients a page apart 134).
 constexpr int PRODUCT_NV = 3;
 template <int NV>
 constexpr int product_rows() {

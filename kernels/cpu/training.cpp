@@ -240,7 +240,8 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
         float* const dx = op.transposed_panels ? op.dx + strip.begin * inputs : nullptr;
         if (op.dweight) {
           op.input->rows(strip, z, z_stride);
-          // dx's lines come meanwhile: stores that miss L2 took twice as long as their product (SqueezeNet 1.1's squeezes: 15.7 to 12.7 ms).
+          // dx's lines come meanwhile: stores that miss L2 took twice as long as their product (SqueezeNet 1.1's squeezes: 15.7 to 12.7
+          // ms).
           const Fetch soon = dx ? Fetch{dx, dx + strip.size() * inputs} : Fetch{};
           k.product_gradient({dy, dy_strides, z, z_stride, strip.size(), outputs, inputs, sums, padded(inputs), soon});
         }
