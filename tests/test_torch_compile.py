@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 import fastconv
 from fastconv import _extension
+from fastconv.models._torchvision import import_torchvision
+from fastconv.optimize import trained
 
 pytestmark = pytest.mark.skipif(not _extension.available or _extension.backend() != "auto", reason="needs the compiled extension")
 MODELS = fastconv.models.list_models()
@@ -184,18 +187,142 @@ def test_keys():
         torch.ops.fastconv.planned(X, "nobody")
 
 
-def test_gradients_run_as_plain_torch():
-    model = nn.Sequential(fastconv.nn.InvertedResidual(3, 3, 1, 6), fastconv.nn.Fire(3, 4, 8, 8)).eval()
+def test_gradients_of_an_optimized_model_run_as_plain_torch():
+    fast = fastconv.optimize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)).eval())
     backend = Graphs()
     x = X.clone().requires_grad_()
-    for module in (model, fastconv.optimize(model)):
-        expected = torch.autograd.grad(fastconv.revert(module)(x).square().sum(), x)[0]
-        y = torch.compile(module, backend=backend, fullgraph=True)(x)
-        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected, rtol=1e-3, atol=1e-4)
-    torch.compile(model, backend=backend, fullgraph=True)(X).sum().backward()  # the parameters'
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    torch.compile(model.train(), backend=backend, fullgraph=True)(X)
+    expected = torch.autograd.grad(fastconv.revert(fast)(x).square().sum(), x)[0]
+    y = torch.compile(fast, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected, rtol=1e-3, atol=1e-4)
     assert not any("fastconv" in call for calls in backend.calls for call in calls)
+
+
+def a_step(call, model, x, seed=0):
+    """Output, gradients and buffers after a step, in order."""
+    for tensor in (x, *model.parameters()):
+        tensor.grad = None
+    torch.manual_seed(seed)  # for dropout
+    y = call(x)
+    y.square().sum().backward()
+    return [y, *(tensor.grad for tensor in (x, *model.parameters())), *model.buffers()]
+
+
+def assert_same_bits(actual, expected):
+    assert all(b is None if a is None else torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_one_operator_each_way(name):
+    """With the bits of a step without torch.compile: outputs, gradients, statistics, random numbers."""
+    model = small(name).requires_grad_().train()
+    twin, graphs = copy.deepcopy(model), Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for seed in range(2):
+        assert_same_bits(a_step(compiled, model, X, seed), a_step(twin, twin, X, seed))
+    assert graphs.calls[0].count("fastconv.trained.default") == 1
+    assert not any("conv2d" in call for call in graphs.calls[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_step_by_the_backends(backend, mode):
+    """Of layers in the user's own network; some parameters are frozen, one has a hook, and the input wants its gradient."""
+    layers = fastconv.nn.InvertedResidual(3, 3, 1, 6), fastconv.nn.Fire(3, 4, 8, 8), fastconv.nn.DepthwiseSeparable(16, 8, stride=2)
+    model = getattr(nn.Sequential(nn.Tanh(), *layers, nn.Softplus()), mode)()
+    model[3].requires_grad_(False)
+    twin, calls = copy.deepcopy(model), []
+    for module in (model, twin):
+        module[2].squeeze.weight.register_hook(lambda gradient, module=module: calls.append(module) or 2 * gradient)
+    x = X.clone().requires_grad_()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for image in (x, X.contiguous(memory_format=torch.channels_last).requires_grad_()):
+        actual = a_step(compiled, model, image)
+        actual[1] = actual[1].clone()
+        expected = a_step(twin, twin, image)
+        for ours, theirs in zip(actual, expected, strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
+            assert (ours - theirs).abs().max() < 2e-5 * max(1.0, theirs.abs().max())  # Inductor's tanh is not torch's
+            assert ours.stride() == theirs.stride()
+    assert [call is model for call in calls] == [True, False] * 2
+
+
+def test_a_replaced_model_trains_through_the_kernels():
+    model = torchvision_squeezenet()
+    twin, graphs = copy.deepcopy(model), Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    assert_same_bits(a_step(compiled, model, X), a_step(twin, twin, X))
+    assert not any("conv2d" in call for calls in graphs.calls for call in calls)
+
+
+def torchvision_squeezenet():
+    try:
+        torchvision = import_torchvision()
+    except ImportError as error:
+        pytest.skip(f"needs torchvision: {error}")
+    return fastconv.replace(torchvision.models.squeezenet1_1(num_classes=5)).train()
+
+
+def test_another_batch_of_a_step_compiles_once_more_and_no_further():
+    model, counter = small().requires_grad_().train(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5, 4):
+        compiled(X[:1].repeat(batch, 1, 1, 1)).sum().backward()
+    assert counter.frame_count == 2
+
+
+def test_a_step_frees_its_graph():
+    model = small().requires_grad_().train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = compiled(X)
+    assert len(trained._steps) == 1
+    y.sum().backward()
+    assert len(trained._steps) == 0
+    y = compiled(X)  # and without going backward
+    del y
+    assert len(trained._steps) == 0
+
+
+def test_what_a_compiled_step_does_not_do():
+    model = small().requires_grad_().train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    y = compiled(X).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"trained_backward: a step compiled by torch\.compile goes backward once"):
+        y.backward()
+    with pytest.raises(NotImplementedError, match=r"trained: second derivatives are not supported under torch\.compile"):
+        torch.autograd.grad(compiled(X).sum(), model.features[0][0].weight, create_graph=True)
+    key = model._step_key
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(RuntimeError, match="trained: the module's parameters have changed"):
+        torch.ops.fastconv.trained(X, parameters[1:], False, key)
+    with pytest.raises(RuntimeError, match="no module nobody"):
+        torch.ops.fastconv.trained(X, parameters, False, "nobody")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [lambda: small().requires_grad_().train(), torchvision_squeezenet], ids=["model", "sequence"])
+def test_a_copy_of_a_module_that_trains_compiled(duplicate, make):
+    model = make()
+    torch.compile(model, backend="eager", fullgraph=True)(X)
+    other = duplicate(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    twin = copy.deepcopy(other)
+    torch._dynamo.reset()
+    assert_same_bits(a_step(torch.compile(other, backend="eager", fullgraph=True), other, X), a_step(twin, twin, X))
+
+
+def test_where_a_step_runs_as_plain_torch():
+    model = nn.Sequential(fastconv.nn.InvertedResidual(3, 3, 1, 6), fastconv.nn.Fire(3, 4, 8, 8)).train()
+    for context, x in ((torch.no_grad(), X), (torch.autocast("cpu", torch.bfloat16), X), (nullcontext(), X.double())):
+        graphs = Graphs()
+        torch._dynamo.reset()
+        with context:
+            torch.compile(model.to(x.dtype), backend=graphs, fullgraph=True)(x)
+        assert not any("fastconv" in call for calls in graphs.calls for call in calls)
 
 
 def test_autocast_and_function_transforms_run_as_plain_torch():

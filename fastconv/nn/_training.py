@@ -24,6 +24,7 @@ from fastconv.ops import _checks
 from fastconv.optimize.plan import plain
 from fastconv.optimize.planned import Planned
 from fastconv.optimize.trace import hooked
+from fastconv.optimize.trained import step
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -467,7 +468,13 @@ class _StandsFor(torch.autograd.Function):
 class TrainedSequential(nn.Sequential):
     """A Sequential whose runs of convolution, batch norm and activation go through the training kernels, and everything else as it is."""
 
+    _step_key: str | None = None
+
     def forward(self, x: Tensor) -> Tensor:
+        y = step(self, x) if torch.compiler.is_dynamo_compiling() else None
+        return self._forward(x) if y is None else y
+
+    def _forward(self, x: Tensor) -> Tensor:
         if not trains(x):
             return super().forward(x)
         modules = list(self)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastconv._buffers import buffers
 from fastconv.optimize.plan import Plan, plain
 from fastconv.optimize.traced import Traced, compiled, exporting
+from fastconv.optimize.trained import step
 
 __all__ = ["Plan", "Planned"]
 
@@ -33,10 +34,12 @@ class Planned(Traced):
         if exporting() and not self.training:
             return self._plan_now()(x)
         compiling = torch.compiler.is_dynamo_compiling()
-        if self.training or not (compiling or plain(x)):
+        if not (compiling or plain(x)):
             return self._forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
-            return self._forward(x)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()))
+        if self.training or wanted:
+            y = step(self, x) if compiling else None
+            return self._forward(x) if y is None else y
         if compiling:
             return compiled(self, self._forward, x)
         return self._plan_now().run(x)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_modules: weakref.WeakValueDictionary[str, Traced] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 _counts: Counter[str] = Counter()
 _lock = threading.Lock()
 
@@ -46,6 +46,7 @@ class Traced(nn.Module):
     """Base of the modules that run as a plan."""
 
     _key: str | None = None
+    _step_key: str | None = None  # of the module as it trains (trained.py)
     _captured: Program | None = None
     _plan: Plan | None = None
     _direct: Direct | None = None  # what most calls in eval mode are
@@ -68,12 +69,8 @@ class Traced(nn.Module):
         raise NotImplementedError
 
     def _key_now(self, identity: int) -> str:
-        """Called by Dynamo while it traces, with the id that it guards: the key of `self` in `fastconv::planned`, or "" for plain torch.
-
-        Autocast and torch.func's transforms, which are asked for here, are in Dynamo's own guards.
-        """
-        transformed = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
-        if transformed or _plainly.on or getattr(torch.compiler, "_is_exporting_flag", False):  # a strict export
+        """Called by Dynamo while it traces, with the id that it guards: the key of `self` in `fastconv::planned`, or "" for plain torch."""
+        if runs_as_it_is():
             return ""
         # The same in every process that makes its modules in the same order, so that the compilers' caches on disk serve. A graph of the
         # cache was made for a plan of the same description, and its key names the one in this process.
@@ -82,11 +79,7 @@ class Traced(nn.Module):
             description = _description(program)
             if not description:
                 return ""
-            with _lock:
-                if self._key is None or self._key.partition("-")[0] != description:
-                    _modules.pop(self._key, None)
-                    self._key = f"{description}-{_counts[description]}"
-                    _counts[description] += 1
+            self._key = registered(self, description, self._key)
             self._captured = program
         _modules[self._key] = self
         return self._key
@@ -95,7 +88,27 @@ class Traced(nn.Module):
     _key_now._dynamo_marked_constant = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_plan", "_direct", "_key", "_captured")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_plan", "_direct", "_key", "_step_key", "_captured")}
+
+
+def registered(module: nn.Module, description: str, key: str | None) -> str:
+    """The key of a module in compiled graphs: `key`, its earlier one, where that is its own and of the same description."""
+    with _lock:
+        owner = _modules.get(key)
+        if key is None or key.partition("-")[0] != description or owner not in (None, module):
+            if owner is module:
+                del _modules[key]
+            key = f"{description}-{_counts[description]}"
+            _counts[description] += 1
+        _modules[key] = module
+    return key
+
+
+def runs_as_it_is() -> bool:
+    """Whether a module that Dynamo traces now is to run as plain torch: under autocast and torch.func's transforms, which are in Dynamo's
+    own guards, where shapes are asked for, and in a strict export."""
+    transformed = torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active()
+    return transformed or _plainly.on or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def compiled(module: Traced, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +202,7 @@ def _geometry(layer: Layer) -> str:
     return " ".join(map(str, parts))
 
 
-def _find(key: str) -> Traced:
+def find(key: str) -> Any:
     module = _modules.get(key)
     if module is None:
         raise RuntimeError(f"planned: no module {key}: a compiled graph runs in the process, and with the module, that it was compiled for")
@@ -197,7 +210,7 @@ def _find(key: str) -> Traced:
 
 
 def _planned(x: Tensor, key: str) -> Tensor:
-    module = _find(key)
+    module = find(key)
     with torch.no_grad():
         plan = module._plan_now()
         ready = plan.prepare()
@@ -212,15 +225,21 @@ def _planned(x: Tensor, key: str) -> Tensor:
 def _planned_fake(x: Tensor, key: str) -> Tensor:
     from fastconv.optimize.plan import formatted
 
-    plan, mode = _find(key)._plan_now(), x.fake_mode
+    plan = find(key)._plan_now()
+    y = on_fakes(x, lambda: formatted(getattr(plan.module, plan.method)(x), x))
+    return y.clone() if y is x else y
+
+
+def on_fakes(x: Tensor, work: Callable[[], T]) -> T:
+    """The result of a module's plain definition for a fake x, beside its real parameters."""
+    mode = x.fake_mode
     before = mode.allow_non_fake_inputs, _plainly.on
     mode.allow_non_fake_inputs, _plainly.on = True, True
     try:
         with torch.no_grad():
-            y = formatted(getattr(plan.module, plan.method)(x), x)
+            return work()
     finally:
         mode.allow_non_fake_inputs, _plainly.on = before
-    return y.clone() if y is x else y
 
 
 library.define("planned(Tensor x, str key) -> Tensor")
