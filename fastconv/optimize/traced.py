@@ -74,7 +74,7 @@ class Traced(nn.Module):
             return ""
         # The same in every process that makes its modules in the same order, so that the compilers' caches on disk serve. A graph of the
         # cache was made for a plan of the same description, and its key names the one in this process.
-        program = _elsewhere(lambda: self._plan_now().program)
+        program = elsewhere(lambda: self._plan_now().program)
         if program is not self._captured:
             description = _description(program)
             if not description:
@@ -131,7 +131,7 @@ def snapshot(plan: Plan) -> bool:
     """Prepares the plan during an export, which has put fake tensors where the parameters were. Whether it could."""
     with _real_tensors(plan.module) as found:
         if found:
-            _elsewhere(plan.prepare)
+            elsewhere(plan.prepare)
     if not found:
         warnings.warn("fastconv: this export hides the module's real parameters; it is exported as plain torch", stacklevel=2)
     return found
@@ -159,7 +159,7 @@ def _real_tensors(module: nn.Module) -> Iterator[bool]:
             owner[name] = fake
 
 
-def _elsewhere(work: Callable[[], T]) -> T:
+def elsewhere(work: Callable[[], T]) -> T:
     """The result of `work` in a thread of its own, where none of the modes is on that trace or fake what this one does."""
     results: list[T] = []
     problems: list[BaseException] = []

@@ -7,20 +7,22 @@ the token, which the compiled function saves between the two, and is freed with 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastconv import _extension
+from fastconv._buffers import buffers
 from fastconv.ops._register import library
 from fastconv.optimize.plan import formatted
-from fastconv.optimize.traced import find, on_fakes, registered, runs_as_it_is
+from fastconv.optimize.traced import elsewhere, find, on_fakes, registered, runs_as_it_is
 
-_WITH_AUTOGRAD = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 _numbers = itertools.count()
 _steps: weakref.WeakValueDictionary[int, _Step] = weakref.WeakValueDictionary()
 
@@ -81,9 +83,8 @@ def _trained(x: Tensor, parameters: list[Tensor], needs_x: bool, key: str) -> tu
     leaves = _parameters(module)
     if [tuple(leaf.shape) for leaf in leaves] != [tuple(parameter.shape) for parameter in parameters]:
         raise RuntimeError("trained: the module's parameters have changed since torch.compile saw it: compile it again")
-    # In a kernel, which the dispatcher calls below autograd, autograd is off.
-    with torch._C._ForceDispatchKeyGuard(*_WITH_AUTOGRAD), torch.enable_grad():
-        x = x.detach().requires_grad_(needs_x)
+    with _autograd_on(), torch.enable_grad():
+        x = _copy(x).requires_grad_(needs_x)
         if any(leaf._backward_hooks for leaf in leaves):  # they are for the gradients that come out of the compiled graph
             names = {id(parameter): name for name, parameter in module.named_parameters()}
             others = {names[id(leaf)]: leaf.detach().requires_grad_() for leaf in leaves}
@@ -95,7 +96,23 @@ def _trained(x: Tensor, parameters: list[Tensor], needs_x: bool, key: str) -> tu
     memory = _Step(number.to_bytes(8, "little"))
     memory.result, memory.leaves = y, [x, *leaves] if needs_x else leaves
     _steps[number] = memory
-    return y.detach(), torch.frombuffer(memory, dtype=torch.int64)
+    return _copy(y), torch.frombuffer(memory, dtype=torch.int64)
+
+
+def _copy(image: Tensor) -> Tensor:
+    """What the recorded graph keeps must not be what the compiled one has: Inductor writes to memory that it thinks nobody reads again."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return buffers.image(image.shape).copy_(image.detach()) if last else image.detach().clone()
+
+
+@functools.cache
+def _dispatching() -> tuple[Any, Any]:
+    return elsewhere(lambda: (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+
+def _autograd_on() -> AbstractContextManager:
+    """The dispatcher as it is outside every operator and mode: it calls a kernel with autograd excluded."""
+    return torch._C._ForceDispatchKeyGuard(*_dispatching())
 
 
 def _trained_fake(x: Tensor, parameters: list[Tensor], needs_x: bool, key: str) -> tuple[Tensor, Tensor]:
@@ -117,7 +134,7 @@ def _trained_backward(dy: Tensor, token: Tensor, leaves: list[Tensor]) -> list[T
     if result is None:
         raise RuntimeError("trained_backward: a step compiled by torch.compile goes backward once: retain_graph=True is not supported")
     memory.result = None
-    with torch._C._ForceDispatchKeyGuard(*_WITH_AUTOGRAD):
+    with _autograd_on():
         gradients = torch.autograd.grad(result, memory.leaves, dy, allow_unused=True)
     taken = {dy.untyped_storage().data_ptr()}
     return [_own(gradient, leaf, taken) for gradient, leaf in zip(gradients, leaves, strict=True)]
