@@ -207,6 +207,10 @@ def a_step(call, model, x, seed=0):
     return [y, *(tensor.grad for tensor in (x, *model.parameters())), *model.buffers()]
 
 
+def block():
+    return fastconv.nn.InvertedResidual(3, 3, 1, 6).train()
+
+
 def assert_same_bits(actual, expected):
     assert all(b is None if a is None else torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -260,8 +264,11 @@ class InTheMiddle(nn.Module):
         return torch.exp(-((z.sum((2, 3), keepdim=True) * torch.cos(z)) ** 2))
 
 
-@pytest.mark.parametrize("layer", [fastconv.nn.InvertedResidual(8, 8, 1, 6), fastconv.nn.Fire(8, 4, 4, 4)], ids=["chain", "fire"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(
+    ("layer", "layout"),
+    [(fastconv.nn.InvertedResidual(8, 8, 1, 6), torch.contiguous_format), (fastconv.nn.Fire(8, 4, 4, 4), torch.channels_last)],
+    ids=["chain", "fire"],
+)
 def test_memory_that_inductor_uses_again_is_not_the_recorded_graphs(layer, layout):
     model = InTheMiddle(copy.deepcopy(layer)).train()
     x, twin = torch.randn(4, 8, 16, 16).contiguous(memory_format=layout), copy.deepcopy(model)
@@ -288,7 +295,7 @@ def torchvision_squeezenet():
 
 
 def test_another_batch_of_a_step_compiles_once_more_and_no_further():
-    model, counter = small().requires_grad_().train(), CompileCounter()
+    model, counter = block(), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for batch in (2, 3, 5, 4):
         compiled(X[:1].repeat(batch, 1, 1, 1)).sum().backward()
@@ -296,7 +303,7 @@ def test_another_batch_of_a_step_compiles_once_more_and_no_further():
 
 
 def test_a_step_frees_its_graph():
-    model = small().requires_grad_().train()
+    model = block()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     y = compiled(X)
     assert len(trained._steps) == 1
@@ -308,14 +315,14 @@ def test_a_step_frees_its_graph():
 
 
 def test_what_a_compiled_step_does_not_do():
-    model = small().requires_grad_().train()
+    model = block()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     y = compiled(X).sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"trained_backward: a step compiled by torch\.compile goes backward once"):
         y.backward()
     with pytest.raises(NotImplementedError, match=r"trained: second derivatives are not supported under torch\.compile"):
-        torch.autograd.grad(compiled(X).sum(), model.features[0][0].weight, create_graph=True)
+        torch.autograd.grad(compiled(X).sum(), next(model.parameters()), create_graph=True)
     key = model._step_key
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with pytest.raises(RuntimeError, match="trained: the module's parameters have changed"):
@@ -325,7 +332,7 @@ def test_what_a_compiled_step_does_not_do():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("make", [lambda: small().requires_grad_().train(), torchvision_squeezenet], ids=["model", "sequence"])
+@pytest.mark.parametrize("make", [lambda: block(), lambda: torchvision_squeezenet()], ids=["block", "sequence"])
 def test_a_copy_of_a_module_that_trains_compiled(duplicate, make):
     model = make()
     torch.compile(model, backend="eager", fullgraph=True)(X)

@@ -143,14 +143,20 @@ class Layer:
         shift = shift * scale
         if norm.bias is not None:
             shift = shift + _wide(norm.bias)
-        scaled = _wide(self.weight) * scale.view(-1, *[1] * (len(self.shape) - 1))
-        return scaled.to(weight.device, weight.dtype), shift.to(weight.device, weight.dtype)
+        # By parts: a large weight in float64, twice, would be most of the memory that optimizing a network needs.
+        scaled, rows = torch.empty_like(weight), max(1, _FOLDED_AT_ONCE // max(1, weight[0].numel()))
+        for part, some, by in zip(scaled.split(rows), weight.split(rows), scale.split(rows), strict=True):
+            part.copy_(some.to("cpu", torch.float64) * by.view(-1, *[1] * (len(self.shape) - 1)))
+        return scaled, shift.to(weight.device, weight.dtype)
 
     def check(self) -> None:
         """Raises ValueError if a bias or a norm does not fit the weight: broadcast, it would give some number."""
         for vector in self.sources()[1:]:
             if vector.tensor().shape != (self.channels,):
                 raise ValueError(f"optimize: {vector.key} must be ({self.channels},), got {tuple(vector.tensor().shape)}")
+
+
+_FOLDED_AT_ONCE = 1 << 16  # numbers
 
 
 def _wide(source: Source) -> Tensor:
