@@ -673,6 +673,34 @@ def test_the_given_model_is_untouched():
         assert tensor.dtype == kept[name][1].dtype
 
 
+def test_shared_parameters_are_the_models_own():
+    model = small().train()
+    fast = optimize(model, share=True)
+    theirs = model.state_dict(keep_vars=True)
+    assert all(tensor is theirs[name] for name, tensor in fast.state_dict(keep_vars=True).items())
+    assert all(module.training for module in model.modules())
+    assert type(model) is nn.Sequential
+    assert not any(module.training for module in fast.modules())
+    assert error(run(fast, X), run(copy.deepcopy(model).eval(), X)) < 1e-6
+    before = run(fast, X)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
+    after = run(fast, X)
+    assert error(after, before) > 1e-3
+    assert error(after, run(copy.deepcopy(model).eval(), X)) < 1e-6
+    copied = revert(fast)
+    assert not any(tensor is theirs[name] for name, tensor in copied.state_dict(keep_vars=True).items())
+    again = optimize(fast, share=True)  # of an optimized module, its tensors
+    assert all(tensor is theirs[name] for name, tensor in again.state_dict(keep_vars=True).items())
+
+
+def test_shared_parameters_keep_their_dtype():
+    assert optimize(small(), dtype=torch.float32, share=True)(X).dtype is torch.float32
+    with pytest.raises(ValueError, match=r"optimize: 0\.0\.weight must be torch\.bfloat16 to be shared, got torch\.float32"):
+        optimize(small(), dtype=torch.bfloat16, share=True)
+
+
 def test_revert_gives_the_architecture_back():
     model = small()
     fast = optimize(model)
@@ -832,6 +860,9 @@ def test_dtype(dtype):
 def test_errors():
     with pytest.raises(TypeError, match=r"optimize: model must be a torch\.nn\.Module, got function"):
         optimize(run)
+    for name in ("exact", "share"):
+        with pytest.raises(TypeError, match=f"optimize: {name} must be True or False, got 1"):
+            optimize(small(), **{name: 1})
     with pytest.raises(TypeError, match=r"optimize: dtype must be a floating torch\.dtype, got torch\.int8"):
         optimize(small(), dtype=torch.int8)
     with pytest.raises(TypeError, match=r"revert: module must be a torch\.nn\.Module, got str"):

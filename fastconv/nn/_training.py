@@ -231,12 +231,13 @@ def _serves(x: Tensor, parts: list[Layer | nn.Module]) -> bool:
 
 
 def _output_shape(shape: Sequence[int], conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    n, _, *size = shape
-    height, width = (
-        (extent + 2 * padding - kernel) // stride + 1
-        for extent, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
-    )
-    return n, conv.out_channels, height, width
+    return shape[0], conv.out_channels, *_extents(shape[2:], conv.kernel_size, conv.stride, conv.padding)
+
+
+def _extents(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
+    """A convolution's height and width."""
+    height, width = ((extent + 2 * p - k) // s + 1 for extent, k, s, p in zip(size, kernel, stride, padding, strict=True))
+    return height, width
 
 
 def _are_covered(tensors: Iterable[Tensor]) -> bool:
@@ -604,8 +605,8 @@ class _StemPool(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation, stride, padding, pool_stride, pool_padding, ceil_mode):
         ctx.save_for_backward(x, weight, bias)
         ctx.geometry, ctx.ceil_mode = (activation, stride, padding, pool_stride, pool_padding), ceil_mode
-        conv = [(extent + 2 * p - k) // s + 1 for extent, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
-        y = x.new_empty((x.shape[0], weight.shape[0], *conv), device="meta")
+        size = _extents(x.shape[2:], weight.shape[2:], stride, padding)
+        y = x.new_empty((x.shape[0], weight.shape[0], *size), device="meta")
         z = buffers.image(_checks.max_pool(y, pool_stride, pool_padding, ceil_mode))
         torch.ops.fastconv.training_stem_pool(x, weight, bias, *ctx.geometry, ceil_mode, z)
         return z

@@ -109,7 +109,7 @@ class OptimizedModule(Traced):
         return {key: value for key, value in super().__getstate__().items() if key != "_graphs"}
 
 
-def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> OptimizedModule:
+def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False, share: bool = False) -> OptimizedModule:
     """A copy of `model` for inference, in eval mode, that runs through fastconv's kernels; `model` itself is not touched.
 
     `fast(x)` returns what `model.eval()(x)` returns, up to rounding (logits within 1e-5 relative in float32): convolutions with their
@@ -127,19 +127,25 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     dtype: a floating dtype to cast the copy to; its inputs must then have that dtype.
     exact: only kernels that add up products directly. Otherwise a fire's 3x3 expand goes through Winograd's F(4x4, 3x3), with 2e-6 to
         3e-6 of the largest output as its error; logits are then within 1e-5 relative, with exact within 1e-6.
-    Raises TypeError if `model` is no torch.nn.Module or holds a sparse tensor, `dtype` is no floating dtype or `exact` no bool, ValueError
-    if a layer's bias or norm does not fit its convolution.
+    share: the parameters and buffers are the model's own, not copies, which saves their memory (MobileNet V3 large: 21 MB). Training the
+        model further then shows in `fast`, and what is done to the one's tensors, `.to()` and load_state_dict too, is done to the other's.
+    Raises TypeError if `model` is no torch.nn.Module or holds a sparse tensor, `dtype` is no floating dtype, `exact` or `share` no bool,
+    ValueError if a layer's bias or norm does not fit its convolution, or a shared tensor is not of `dtype`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"optimize: dtype must be a floating torch.dtype, got {dtype!r}")
-    if not isinstance(exact, bool):
-        raise TypeError(f"optimize: exact must be True or False, got {exact!r}")
+    for name, flag in (("exact", exact), ("share", share)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"optimize: {name} must be True or False, got {flag!r}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.layout != torch.strided:  # which torch cannot copy
             raise TypeError(f"optimize: {name} must be a dense Tensor, got {tensor.layout}")
-    fast = OptimizedModule(revert(model).eval(), exact=exact)
+        if share and dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+            raise ValueError(f"optimize: {name} must be {dtype} to be shared, got {tensor.dtype}")
+    shared = [*model.parameters(), *model.buffers()] if share else []
+    fast = OptimizedModule(_reverted(copy.deepcopy(model, {id(tensor): tensor for tensor in shared})).eval(), exact=exact)
     if dtype is not None:
         fast.to(dtype)
     fast.plan.prepare()

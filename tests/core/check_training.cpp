@@ -1,6 +1,6 @@
-// What trains a first convolution, without torch: the windows that it reads, and its gradients behind a max-pool, against plain loops on
-// values whose sums float32 has exactly, in buffers of their own size, which the address sanitizer watches. Prints one line an instruction
-// set; exits with 1 at the first difference.
+// What trains a first convolution and a 1x1, without torch: the windows that the first reads, and its gradients behind a max-pool; the
+// gradients of the second. Against plain loops on values whose sums float32 has exactly, in buffers of their own size, which the address
+// sanitizer watches. Prints one line an instruction set; exits with 1 at the first difference.
 
 #include <algorithm>
 #include <cstdio>
@@ -127,6 +127,52 @@ void check(const Case& c) {
   }
 }
 
+// Gradients of y = relu(weight x + bias), with a residual added to the input's or not.
+void check_product(int64_t pixels, int64_t inputs, int64_t outputs, bool added) {
+  const Floats x = quarters(pixels * inputs), y = quarters(pixels * outputs), dz = quarters(pixels * outputs),
+               weight = quarters(inputs * outputs), residual = quarters(pixels * inputs);
+  const Floats dweight(outputs * inputs), dbias(outputs), dx(pixels * inputs), panels(panels_for(inputs) * outputs * PANEL);
+  const std::vector<float> zeros(inputs);
+  pack_panels(weight.get(), inputs, outputs, 1, panels.get());  // (inputs, outputs), as the gradient's product has it
+  const Gradient gradient{dz.get(), outputs,          nullptr, y.get(), outputs, outputs, nullptr,
+                          nullptr,  Activation::relu, nullptr, nullptr, nullptr, nullptr};
+  const PixelRows rows({x.get(), inputs, inputs, nullptr, nullptr, Activation::none, nullptr}, pixels);
+  run_product_backward({1,
+                        pixels,
+                        gradient,
+                        &rows,
+                        dweight.get(),
+                        dbias.get(),
+                        panels.get(),
+                        zeros.data(),
+                        added ? residual.get() : nullptr,
+                        dx.get(),
+                        inputs,
+                        {Through::nothing, {}, nullptr, nullptr}},
+                       Parallel{});
+  const auto wrong = [&](const char* what) {
+    std::printf("%s: %s, %ld pixels %ld inputs %ld outputs residual %d\n", kernels().isa, what, pixels, inputs, outputs, added);
+    std::exit(1);
+  };
+  std::vector<double> sums(outputs * inputs), biases(outputs), back(pixels * inputs);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t n = 0; n < outputs; ++n) {
+      if (y[p * outputs + n] <= 0) continue;
+      const double d = dz[p * outputs + n];
+      biases[n] += d;
+      for (int64_t k = 0; k < inputs; ++k) {
+        sums[n * inputs + k] += d * x[p * inputs + k];
+        back[p * inputs + k] += d * weight[k * outputs + n];
+      }
+    }
+  for (int64_t n = 0; n < outputs; ++n)
+    if (dbias[n] != biases[n]) wrong("the bias's gradient");
+  for (int64_t i = 0; i < outputs * inputs; ++i)
+    if (dweight[i] != sums[i]) wrong("the weights' gradient");
+  for (int64_t i = 0; i < pixels * inputs; ++i)
+    if (dx[i] != back[i] + (added ? residual[i] : 0.0f)) wrong("the input's gradient");
+}
+
 }  // namespace
 
 int main() {
@@ -148,7 +194,14 @@ int main() {
                     check(c);
                     ++cases;
                   }
-    std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
+    for (const int64_t pixels : {1, 13, 57, 700})
+      for (const int64_t inputs : {1, 3, 16, 24, 33, 48, 72, 130})
+        for (const int64_t outputs : {1, 7, 8, 9, 16, 31, 65}) {
+          check_product(pixels, inputs, outputs, cases % 2);
+          ++cases;
+        }
+    check_product(470, 520, 601, true);  // more than 2^18 weights, whose strips are longer
+    std::printf("%s: %ld cases equal\n", isa.c_str(), cases + 1);
   }
   return 0;
 }
