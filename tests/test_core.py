@@ -64,7 +64,6 @@ def test_what_trains_a_first_convolution_equals_plain_loops():
         assert int(line.split()[1]) > 150, line
 
 
-@pytest.mark.slow
 @compiles
 def test_the_core_equals_plain_loops_on_integers():
     for line in run([str(programs.build("check_kernels", programs.NATIVE))], supported()):

@@ -162,7 +162,7 @@ void check_conv(const Shape& s) {
 // 3x3, stride 1, padding 1, in a buffer with its zero border up to whole tiles: Winograd and the direct sum.
 void check_padded(const Shape& s) {
   const auto x = integers(s.h * s.w * s.c), weight = integers(s.out * s.c * 9), bias = integers(s.out);
-  const int64_t tiles_h = ceil_div(s.h, 4), width = ceil_div(s.w, 4) * 4 + 2;
+  const int64_t tiles_h = ceil_div(s.h, 4), tiles = tiles_h * ceil_div(s.w, 4), width = ceil_div(s.w, 4) * 4 + 2;
   std::vector<float> buffer((tiles_h * 4 + 2) * width * s.c), winograd(panels_for(s.out) * 36 * s.c * PANEL);
   for (int64_t h = 0; h < s.h; ++h)
     for (int64_t i = 0; i < s.w * s.c; ++i) buffer[((h + 1) * width + 1) * s.c + i] = x[h * s.w * s.c + i];
@@ -177,16 +177,16 @@ void check_padded(const Shape& s) {
   expect_equal("padded_conv " + s.name(), clamped, convolve(s, false, x, weight, bias));
   op.panels = winograd.data();
   op.out = y.data();
-  std::vector<float> scratch(kernels().winograd_scratch(op, tiles_h));
-  kernels().winograd(op, {0, tiles_h}, {0, panels_for(s.out)}, scratch.data());
+  std::vector<float> scratch(kernels().winograd_scratch(op, tiles));
+  kernels().winograd(op, {0, tiles}, {0, panels_for(s.out)}, scratch.data());
   expect_near("winograd " + s.name(), y, unclamped);
   const int64_t pixels = s.h * s.w;
   std::vector<float> blocks = empty_blocks(pixels, s.out), transformed(kernels().winograd_transformed(op)), sums(kernels().winograd_sums);
   op.out = blocks.data();
   op.out_strides = blocked_strides(pixels);
-  for (int64_t t = 0; t < tiles_h; ++t) kernels().winograd_transform(op, {t, t + 1}, transformed.data());
+  for (int64_t t = 0; t < tiles; ++t) kernels().winograd_transform(op, {t, t + 1}, transformed.data());
   for (int64_t panel = 0; panel < panels_for(s.out); ++panel)
-    kernels().winograd_multiply(op, {0, tiles_h}, {panel, panel + 1}, transformed.data(), sums.data());
+    kernels().winograd_multiply(op, {0, tiles}, {panel, panel + 1}, transformed.data(), sums.data());
   expect_equal("winograd in two steps, blocked " + s.name(), from_blocks(blocks, pixels, s.out), y);
 }
 
