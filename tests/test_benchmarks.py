@@ -78,7 +78,7 @@ def test_logits_of_another_shape_are_refused(tmp_path):
 
 def test_a_wrong_fastconv_fails_the_command(tmp_path, monkeypatch):
     class Wrong(torch.nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, **options):
             super().__init__()
             self.model = model
 
@@ -124,7 +124,7 @@ def test_an_artificial_slowdown_is_caught(tmp_path, monkeypatch):
     optimize = fastconv.optimize
 
     class Slow(torch.nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, **options):
             super().__init__()
             self.fast = optimize(model)
 

@@ -323,12 +323,115 @@ def test_what_a_compiled_step_does_not_do():
         y.backward()
     with pytest.raises(NotImplementedError, match=r"trained: second derivatives are not supported under torch\.compile"):
         torch.autograd.grad(compiled(X).sum(), next(model.parameters()), create_graph=True)
-    key = model._step_key
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(model.parameters())
     with pytest.raises(RuntimeError, match="trained: the module's parameters have changed"):
-        torch.ops.fastconv.trained(X, parameters[1:], False, key)
+        torch.ops.fastconv.trained(X, parameters[1:], [False] * len(parameters), model._step_key, 0)
     with pytest.raises(RuntimeError, match="no module nobody"):
-        torch.ops.fastconv.trained(X, parameters, False, "nobody")
+        torch.ops.fastconv.trained(X, parameters, [False] * (len(parameters) + 1), "nobody", 0)
+
+
+def against_plain(call, model, *inputs, backend="aot_eager"):
+    """call(model, *inputs) compiled and not, to the same bits: results, gradients and buffers."""
+    twin = copy.deepcopy(model)
+    results = []
+    for run, module in ((torch.compile(call, backend=backend, fullgraph=True), model), (call, twin)):
+        torch.manual_seed(0)
+        y = run(module, *inputs)
+        y.square().sum().backward()
+        results.append([y, *(parameter.grad for parameter in module.parameters()), *module.buffers()])
+    assert_same_bits(*results)
+
+
+def test_a_graph_serves_again_when_the_module_is_again_as_it_was():
+    model = block()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change in (model.eval, model.train, lambda: model.requires_grad_(False), model.requires_grad_):
+        compiled(X)
+        change()
+    twin = copy.deepcopy(model)
+    assert_same_bits(a_step(compiled, model, X), a_step(twin, twin, X))
+
+
+def test_two_calls_are_two_steps():
+    against_plain(lambda module, x: module(x) + module(x), block(), X)
+    dropping = fastconv.replace(nn.Sequential(nn.Conv2d(3, 40, 1), nn.Dropout(0.5))).train()
+    against_plain(lambda module, x: module(x) + 2 * module(x), dropping, torch.randn(2, 3, 40, 40))
+
+
+def test_parameters_are_those_of_the_graph():
+    def scaled(module, x):
+        with torch.no_grad():
+            next(module.parameters()).mul_(3.0).add_(0.2)
+        return module(x)
+
+    against_plain(scaled, block(), X)
+    model = block()
+    others = {name: (tensor.detach() + 0.1).requires_grad_() for name, tensor in model.named_parameters()}
+    called = torch.compile(lambda others, x: torch.func.functional_call(model, others, (x,)), backend="eager")
+    assert torch.equal(called(others, X), torch.func.functional_call(copy.deepcopy(model), others, (X,)))
+
+
+def test_a_hook_that_comes_after_the_forward_runs_once():
+    model = block()
+    weight = next(model.parameters())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(X).square().sum().backward()
+    expected, weight.grad = 2 * weight.grad, None
+    y = compiled(X)
+    weight.register_hook(lambda gradient: 2 * gradient)
+    y.square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_cropped_image(backend):
+    x, model = torch.randn(2, 3, 20, 24).contiguous(memory_format=torch.channels_last)[:, :, 2:-2, 2:-2], block()
+    twin = copy.deepcopy(model)
+    y, expected = torch.compile(model, backend=backend, fullgraph=True)(x), twin(x)
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+
+
+class Hearing(nn.Module):
+    def forward(self, x):
+        self.heard = x.mean()
+        return x
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), Hearing()], ids=["writes to its input", "tells what it sees"])
+def test_a_sequence_that_does_more_than_compute_is_no_operator(first):
+    """Its layers may be."""
+    sequence = fastconv.replace(nn.Sequential(first, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).train()
+    assert type(sequence) is not nn.Sequential
+    x = X - 0.5
+    twin, image = copy.deepcopy(sequence), x.clone()
+    y = torch.compile(lambda x: sequence(x) + x, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, twin(image) + image)
+    torch.testing.assert_close(x, image)
+    torch.testing.assert_close(getattr(sequence[0], "heard", None), getattr(twin[0], "heard", None))
+
+
+def test_a_hook_on_a_layer_inside_hears_what_it_did():
+    model = block()
+    twin, heard = copy.deepcopy(model), []
+    for module in (model, twin):
+        module.conv[0].register_forward_hook(lambda module, args, y: heard.append(y.mean()))
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(X), twin(X))
+    torch.testing.assert_close(*heard)
+
+
+def test_keys_of_unpickled_modules_are_their_own():
+    model = torchvision_squeezenet().features
+    torch.compile(model, backend="eager")(X)
+    assert model._step_key
+    copies = [pickle.loads(pickle.dumps(model)) for _ in range(2)]
+    with torch.no_grad():
+        next(copies[1].parameters()).mul_(2)
+    for other in copies:
+        twin = copy.deepcopy(other)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(other, backend="eager")(X), twin(X))
+    assert len({module._step_key for module in (model, *copies)}) == 3
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])

@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -474,6 +475,9 @@ class TrainedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         y = step(self, x) if torch.compiler.is_dynamo_compiling() else None
         return self._forward(x) if y is None else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_step_key"}
 
     def _forward(self, x: Tensor) -> Tensor:
         if not trains(x):

@@ -92,15 +92,13 @@ class Traced(nn.Module):
 
 
 def registered(module: nn.Module, description: str, key: str | None) -> str:
-    """The key of a module in compiled graphs: `key`, its earlier one, where that is its own and of the same description."""
+    """The key of a module in compiled graphs: `key`, its earlier one, where that is its own and of the same description. Earlier keys stay:
+    a graph that was compiled for one runs again when the module is again as it was."""
     with _lock:
-        owner = _modules.get(key)
-        if key is None or key.partition("-")[0] != description or owner not in (None, module):
-            if owner is module:
-                del _modules[key]
+        if key is None or key.partition("-")[0] != description or _modules.get(key) is not module:
             key = f"{description}-{_counts[description]}"
             _counts[description] += 1
-        _modules[key] = module
+            _modules[key] = module
     return key
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import threading
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,9 +22,11 @@ from fastconv import _extension
 from fastconv._buffers import buffers
 from fastconv.ops._register import library
 from fastconv.optimize.plan import formatted
+from fastconv.optimize.trace import hooked
 from fastconv.optimize.traced import elsewhere, find, on_fakes, registered, runs_as_it_is
 
 _numbers = itertools.count()
+_swapping = threading.RLock()
 _steps: weakref.WeakValueDictionary[int, _Step] = weakref.WeakValueDictionary()
 
 
@@ -39,32 +42,52 @@ def step(module: nn.Module, x: Tensor) -> Tensor | None:
     wanted, or no kernel of ours serves x. Dynamo traces through here."""
     if not (torch.is_grad_enabled() and x.is_cpu and x.dtype is torch.float32 and x.dim() == 4):
         return None
-    parameters = _parameters(module)
-    key = _key_now(module, id(module)) if x.requires_grad or parameters else ""
-    return torch.ops.fastconv.trained.default(x, parameters, x.requires_grad, key)[0] if key else None
+    parameters = list(module.parameters())
+    wanted = [x.requires_grad] + [parameter.requires_grad for parameter in parameters]
+    key = _key_now(module, id(module)) if any(wanted) else ""
+    return torch.ops.fastconv.trained.default(x, parameters, wanted, key, _number(id(module)))[0] if key else None
 
 
 def _key_now(module: nn.Module, identity: int) -> str:
     """Called by Dynamo while it traces, as Traced._key_now."""
-    if runs_as_it_is() or not _extension.available or _extension.backend() not in ("auto", "cpu"):
+    if runs_as_it_is() or not _extension.available or _extension.backend() not in ("auto", "cpu") or not _is_closed(module):
+        return ""
+    if torch._functorch.config.activation_memory_budget < 1:  # then operators run again in the backward, whatever they do
         return ""
     module._step_key = registered(module, _description(module), module._step_key)
     return module._step_key
 
 
-_key_now._dynamo_marked_constant = True
+def _number(identity: int) -> int:
+    """A number of its own for every call in a graph, which would else become one where their inputs are equal: each moves the running
+    statistics and draws random numbers. Called by Dynamo while it traces."""
+    return next(_numbers)
+
+
+_key_now._dynamo_marked_constant = _number._dynamo_marked_constant = True
+
+_KNOWN = ("torch.nn.modules.", "torchvision.ops.", "timm.layers.", "fastconv.")
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether nothing but a result leaves the module and its input stays as it is: its modules are layers that are known, without hooks
+    that could tell somebody else what they see, and the first does not write to its input."""
+    leaves = [child for child in module.modules() if next(child.children(), None) is None and type(child) is not nn.Identity]
+    if not leaves or getattr(leaves[0], "inplace", False):
+        return False
+    for child in module.modules():
+        if child is not module and hooked(child):
+            return False
+        known = type(child).__module__.startswith(_KNOWN) or child is module
+        if not known or isinstance(child, (nn.RNNBase, nn.MultiheadAttention)) or getattr(child, "return_indices", False):
+            return False
+    return True
 
 
 def _description(module: nn.Module) -> str:
-    """A hash of what a step computes, the parameters' values aside."""
-    tensors = [f"{name} {tuple(p.shape)} {p.dtype} {p.device} {p.requires_grad}" for name, p in module.named_parameters()]
-    modes = [child.training for child in module.modules()]
-    return hashlib.sha256("\n".join(["step", repr(module), *tensors, str(modes)]).encode()).hexdigest()[:16]
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    """Those that a step has gradients for. Dynamo traces through here."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """A hash of what a step computes, the parameters' values and what the graph's guards ask for aside."""
+    tensors = [f"{name} {tuple(p.shape)} {p.dtype} {p.device}" for name, p in module.named_parameters()]
+    return hashlib.sha256("\n".join(["step", repr(module), *tensors]).encode()).hexdigest()[:16]
 
 
 class _Forward(nn.Module):
@@ -74,28 +97,25 @@ class _Forward(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return formatted(self.module._forward(x), x)
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        return formatted(self.module._forward(x), like)
 
 
-def _trained(x: Tensor, parameters: list[Tensor], needs_x: bool, key: str) -> tuple[Tensor, Tensor]:
+def _trained(x: Tensor, parameters: list[Tensor], wanted: list[bool], key: str, number: int) -> tuple[Tensor, Tensor]:
     module = _Forward(find(key))
-    leaves = _parameters(module)
-    if [tuple(leaf.shape) for leaf in leaves] != [tuple(parameter.shape) for parameter in parameters]:
+    own = dict(module.named_parameters())
+    if [tuple(parameter.shape) for parameter in own.values()] != [tuple(parameter.shape) for parameter in parameters]:
         raise RuntimeError("trained: the module's parameters have changed since torch.compile saw it: compile it again")
     with _autograd_on(), torch.enable_grad():
-        x = _copy(x).requires_grad_(needs_x)
-        if any(leaf._backward_hooks for leaf in leaves):  # they are for the gradients that come out of the compiled graph
-            names = {id(parameter): name for name, parameter in module.named_parameters()}
-            others = {names[id(leaf)]: leaf.detach().requires_grad_() for leaf in leaves}
-            leaves = list(others.values())
-            y = torch.func.functional_call(module, others, (x,))
-        else:
-            y = module(x)
-    number = next(_numbers)
-    memory = _Step(number.to_bytes(8, "little"))
-    memory.result, memory.leaves = y, [x, *leaves] if needs_x else leaves
-    _steps[number] = memory
+        # Aliases of what the graph gives, which need not be the module's own, and whose hooks are for the gradients that leave the graph.
+        aliases = (_copy(x), *(parameter.detach() for parameter in parameters))
+        image, *values = (tensor.requires_grad_(want) for tensor, want in zip(aliases, wanted, strict=True))
+        with _swapping:  # the module holds them meanwhile
+            y = torch.func.functional_call(module, dict(zip(own, values, strict=True)), (image, x))
+    token = next(_numbers)
+    memory = _Step(token.to_bytes(8, "little"))
+    memory.result, memory.leaves = y, [tensor for tensor, want in zip((image, *values), wanted, strict=True) if want]
+    _steps[token] = memory
     return _copy(y), torch.frombuffer(memory, dtype=torch.int64)
 
 
@@ -115,7 +135,7 @@ def _autograd_on() -> AbstractContextManager:
     return torch._C._ForceDispatchKeyGuard(*_dispatching())
 
 
-def _trained_fake(x: Tensor, parameters: list[Tensor], needs_x: bool, key: str) -> tuple[Tensor, Tensor]:
+def _trained_fake(x: Tensor, parameters: list[Tensor], wanted: list[bool], key: str, number: int) -> tuple[Tensor, Tensor]:
     module = find(key)
     modes = [(child, child.training) for child in module.modules()]
     try:
@@ -132,8 +152,13 @@ def _trained_backward(dy: Tensor, token: Tensor, leaves: list[Tensor]) -> list[T
     memory = _steps.get(int(token))
     result = memory and memory.result
     if result is None:
-        raise RuntimeError("trained_backward: a step compiled by torch.compile goes backward once: retain_graph=True is not supported")
+        raise RuntimeError(
+            "trained_backward: a step compiled by torch.compile goes backward once, and from the tensors that it saved: neither "
+            "retain_graph=True nor saved_tensors_hooks that copy are supported"
+        )
     memory.result = None
+    if not result.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
     with _autograd_on():
         gradients = torch.autograd.grad(result, memory.leaves, dy, allow_unused=True)
     taken = {dy.untyped_storage().data_ptr()}
@@ -156,22 +181,21 @@ def _trained_backward_fake(dy: Tensor, token: Tensor, leaves: list[Tensor]) -> l
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, parameters, ctx.needs_x, _ = inputs
-    ctx.save_for_backward(output[1], *([x] if ctx.needs_x else []), *parameters)
+    x, parameters, ctx.wanted, *_ = inputs
+    ctx.save_for_backward(output[1], *(tensor for tensor, want in zip((x, *parameters), ctx.wanted, strict=True) if want))
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple:
     if torch.is_grad_enabled():
         raise NotImplementedError("trained: second derivatives are not supported under torch.compile")
     token, *leaves = ctx.saved_tensors
-    gradients = torch.ops.fastconv.trained_backward.default(dy, token, leaves)
-    dx = gradients.pop(0) if ctx.needs_x else None
-    return dx, gradients, None, None
+    gradients = iter(torch.ops.fastconv.trained_backward.default(dy, token, leaves))
+    dx, *others = (next(gradients) if want else None for want in ctx.wanted)
+    return dx, others, None, None, None
 
 
-_SCHEMA = "trained(Tensor x, Tensor[] parameters, bool needs_x, str key) -> (Tensor, Tensor)"
-# Two calls draw different numbers, and each moves the running statistics: neither may be taken for the other.
-library.define(_SCHEMA, tags=(torch.Tag.nondeterministic_seeded,))
+_SCHEMA = "trained(Tensor x, Tensor[] parameters, bool[] wanted, str key, int number) -> (Tensor, Tensor)"
+library.define(_SCHEMA, tags=(torch.Tag.nondeterministic_seeded,))  # not to be run again in the backward
 library.define("trained_backward(Tensor dy, Tensor token, Tensor[] leaves) -> Tensor[]")
 for name, kernel, fake in (("trained", _trained, _trained_fake), ("trained_backward", _trained_backward, _trained_backward_fake)):
     library.impl(name, kernel, "CompositeExplicitAutograd")

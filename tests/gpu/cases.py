@@ -348,6 +348,7 @@ class Checks:
         sentinel(monkeypatch)
         check_depthwise_gradients(dtype, self.device, case, channels_last)
 
+    @pytest.mark.slow  # 10 s in the interpreter
     def test_splits_of_a_weight_gradient(self, monkeypatch):
         check_splits(self.device, monkeypatch)
 

@@ -290,6 +290,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         configs.Problem("head", "f32", 5, 6, 8, 16),
     ]
 
+    @pytest.mark.slow  # 8 s
     def test_tune_measures_what_it_names(monkeypatch):
         """The tuner on small problems, with a clock that runs each call once and checks its result."""
         from fastconv.benchmarks import blocks as networks
