@@ -51,7 +51,7 @@ def test_mobilenet_learns_the_digits_and_keeps_every_prediction(tmp_path):
     fastconv.models.mobilenet_v2(num_classes=10, width_mult=0.35).load_state_dict(state)
 
 
-@pytest.fixture(scope="module", params=["squeezenet1_1", "mobilenet_v2"])
+@pytest.fixture(scope="module", params=["squeezenet1_1", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def alone(request, tmp_path_factory) -> dict:
     """The figures of one epoch in one process."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -239,6 +239,7 @@ def test_memory_of_another_shape_is_another_program():
         torch.ops.fastconv.network(X.new_ones(1, 8, 5, 5), [memory.view(1, 4, 16), torch.zeros(8)], "fastconv 1;pointwise_packed 0 -1 none")
 
 
+@pytest.mark.slow
 def test_more_programs_than_are_kept_and_threads():
     weights, program = parts()
     weights, program = weights[:2], ";".join([*program.split(";")[:2], "max_pool 1 -1 2 2 0 0 1"])

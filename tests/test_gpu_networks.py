@@ -239,6 +239,7 @@ def _lives(process):
         return False
 
 
+@pytest.mark.slow
 def test_pytest_names_what_failed_before_it_was_stopped(tmp_path):
     (tmp_path / "test_it.py").write_text("import time\ndef test_a(): assert 1 == 2, 'a reason'\ndef test_b(): time.sleep(60)\n")
     with (tmp_path / "log").open("w+") as log:

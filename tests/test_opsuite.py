@@ -52,6 +52,7 @@ def test_every_engine_is_right_and_a_wrong_kernel_is_refused(op):
 
 
 @pytest.mark.skipif(not (CHECKOUT and _extension.available), reason="needs a checkout and the compiled extension")
+@pytest.mark.slow
 def test_the_suite_runs_under_pytest_benchmarks_own_options(tmp_path):
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_stem.py", "-q", "-k", "mobilenet_v3_small", "--engines=fastconv,eager"]
