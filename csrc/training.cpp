@@ -63,11 +63,12 @@ Activated activated_image(const Image& x, const OptionalTensor& norm, Activation
 Tensor empty_image(const Shape& shape) { return Result(shape.n, shape.c, shape.h, shape.w, floats({0}), Output::channels_last).done(); }
 Tensor nothing() { return floats({0}); }
 
-// Where a result goes: memory that the caller brings, or its own.
+// Memory that the caller brings for an image.
 void check_written(const char* op, const char* name, const Tensor& image, const Shape& shape) {
   check_shape(op, name, image, shape);
   check(is_channels_last(image), op, name, " must be channels_last");
 }
+// Where a result goes: memory that the caller brings, or its own.
 Tensor result_image(const char* op, const OptionalTensor& out, const Shape& shape) {
   if (!out) return empty_image(shape);
   check_written(op, "out", *out, shape);
