@@ -505,10 +505,12 @@ struct Block {
                    op.residual_strides);
   }
 
+  // Whether a thread's rows are many enough for a ring of its own, whose halo it makes anew: 7 for a 3x3 kernel (MobileNet V2's blocks at
+  // 14x14, two threads: 3 to 14%), 14 for a 5x5.
+  bool worth_halo(int64_t threads) const { return threads == 1 || 2 * op.out_height >= 7 * (op.kernel - 1) * threads; }
+
   // Whether blocks go depth first, the rows split among so many threads.
-  bool depth_first(int64_t threads) const {
-    return !op.gates() && weight_floats() <= L2_WEIGHTS && (threads == 1 || op.out_height >= 14 * threads);
-  }
+  bool depth_first(int64_t threads) const { return !op.gates() && weight_floats() <= L2_WEIGHTS && worth_halo(threads); }
 
   // How so many images at once go to the depthwise convolution's output: split over channels, whose weights stream once then; through
   // rings of expanded rows; or layer by layer.
@@ -516,10 +518,8 @@ struct Block {
   bool splits_channels(int64_t count, int64_t threads) const {
     return threads > 1 && !op.gates() ? by_channels(count * in_pixels, op.channels) : op.channels > count * in_pixels;
   }
-  // Each thread makes the halo of its ring anew: worth it where a thread has 14 rows or more.
   bool in_rings(int64_t count, int64_t threads) const {
-    return !splits_channels(count, threads) && op.expands() && weight_floats() <= L2_WEIGHTS &&
-           (threads == 1 || op.out_height >= 14 * threads);
+    return !splits_channels(count, threads) && op.expands() && weight_floats() <= L2_WEIGHTS && worth_halo(threads);
   }
 
   // Output rows at a time: 28 pixels are two full tiles of 14, and the depthwise convolution makes two rows at once. Strides past the
