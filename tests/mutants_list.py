@@ -1052,6 +1052,20 @@ PLANS = [
         '*(f"{key} is missing" for key in result.missing_keys if key not in wrong)]',
         "*()]",
     ),
+    python(
+        "nn/_training.py",
+        "tests/test_replace.py -k stochastic_depth",
+        "a block that no image drops",
+        "return drop_path(run_each(x, modules)) + x",
+        "return run_each(x, modules) + x",
+    ),
+    python(
+        "nn/_training.py",
+        "tests/test_training.py -k mbconv",
+        "a gate without its last activation",
+        "for name in gate_modules(part):",
+        "for name in gate_modules(part)[:-1]:",
+    ),
 ]
 
 MUTANTS = [*DEPTHWISE, *TILES, *VECTORS, *CONVOLUTIONS, *WINOGRAD, *PACKING, *BLOCKS, *TRAINING, *BINDINGS, *PLANS]

@@ -19,6 +19,7 @@ from fastconv.optimize.planned import Planned
 try:
     import_torchvision()
     from timm.layers import SqueezeExcite
+    from timm.models import _efficientnet_blocks as timm_blocks
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv
     from torchvision.models import mobilenetv2, mobilenetv3, squeezenet
 except ImportError as error:
@@ -29,6 +30,9 @@ needs_kernels = pytest.mark.skipif(
 )
 timm_v1 = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6)
 our_v1 = partial(fastconv.nn.DepthwiseSeparable, act_layer=nn.ReLU6)
+timm_v3 = partial(timm_blocks.InvertedResidual, act_layer=nn.Hardswish, exp_ratio=3.5)
+our_v3 = partial(fastconv.nn.MBConv, act_layer=nn.Hardswish, exp_ratio=3.5)
+gate = partial(timm_blocks.SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU)
 
 # name: (ours, original, arguments, keywords, input channels)
 LAYERS = {
@@ -60,6 +64,11 @@ LAYERS = {
     "InvertedResidual-norm": (
         fastconv.nn.InvertedResidual, mobilenetv2.InvertedResidual, (24, 24, 1, 4), {"norm_layer": partial(nn.GroupNorm, 4)}, 24,
     ),
+    "MBConv": (our_v3, timm_v3, (24, 24), {"se_layer": gate}, 24),
+    "MBConv-stride2": (our_v3, timm_v3, (24, 40, 5), {"stride": 2, "se_layer": gate}, 24),
+    "MBConv-no-gate": (our_v3, timm_v3, (17, 17), {"noskip": True}, 17),
+    "MBConv-norm": (our_v3, timm_v3, (24, 24), {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.3)}, 24),
+    "MBConv-dilated": (our_v3, timm_v3, (24, 24), {"dilation": 2}, 24),
 }  # fmt: skip
 KERNELS = [name for name in LAYERS if name.partition("-")[2] in ("", "3x3", "5x5", "no-bias", "odd", "stride2", "skip", "no-expand")]
 KERNELS.remove("PointwiseConv2d-stride2")
@@ -224,11 +233,16 @@ def test_from_torch_shares_the_parameters(name):
             ValueError,
             "DepthwiseSeparable: se is not supported, got SEModule",
         ),
+        (fastconv.nn.MBConv, nn.ReLU(), TypeError, "MBConv: ReLU.conv_pw must be a Conv2d, got NoneType"),
+        (fastconv.nn.MBConv, timm_v3(8, 8, se_layer=SqueezeExcite), ValueError, "MBConv: se is not supported, got SEModule"),
+        (fastconv.nn.MBConv, timm_v3(8, 8, s2d=1), ValueError, "MBConv: conv_s2d is not supported, got Conv2d"),
+        (fastconv.nn.MBConv, timm_v3(8, 8, group_size=4), ValueError, r"MBConv: conv_dw must be depthwise, got Conv2d\(32, 32, .*groups=8"),
+        (fastconv.nn.MBConv, timm_v3(8, 8, exp_kernel_size=3), ValueError, r"MBConv: conv_pw must be a 1x1 convolution, got Conv2d\(8, 32"),
         (
-            fastconv.nn.DepthwiseSeparable,
-            DepthwiseSeparableConv(32, 32, drop_path_rate=0.1),
-            ValueError,
-            "DepthwiseSeparable: drop_path is not supported, got DropPath",
+            fastconv.nn.MBConv,
+            timm_v3(8, 8, stride=2, pad_type="same"),
+            TypeError,
+            "MBConv: conv_dw must be a Conv2d, got Conv2dSame",
         ),
         (
             fastconv.nn.DepthwiseSeparable,

@@ -17,18 +17,19 @@ import fastconv
 from fastconv import models
 from fastconv.models._torchvision import import_torchvision
 from fastconv.models.mobilenet_v3 import InvertedResidual as InvertedResidualV3
-from fastconv.nn import Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, PointwiseConv2d
+from fastconv.nn import Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, MBConv, PointwiseConv2d
 from fastconv.nn._training import TrainedSequential
 
 try:
     torchvision = import_torchvision()
     import timm
+    from timm.models import _efficientnet_blocks as timm_blocks
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv
     from torchvision.models import mobilenetv2, mobilenetv3, squeezenet
 except ImportError as error:
     pytest.skip(f"needs torchvision and timm: {error}", allow_module_level=True)
 
-OURS = (Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, InvertedResidualV3, PointwiseConv2d)
+OURS = (Conv2dNormActivation, DepthwiseConv2d, DepthwiseSeparable, Fire, InvertedResidual, InvertedResidualV3, MBConv, PointwiseConv2d)
 timm_v1 = partial(DepthwiseSeparableConv, act_layer=nn.ReLU6, noskip=True, pw_act=True)
 
 # name: (builder, how many of each of our layers it gets)
@@ -41,8 +42,20 @@ NETWORKS = {
     # Blocks, and the rows inside and around them; the squeeze-excitations' 1x1 convolutions, of one pixel, stay torch's.
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, {InvertedResidualV3: 11, Conv2dNormActivation: 34}),
     "mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, {InvertedResidualV3: 15, Conv2dNormActivation: 46}),
+    # The 1x1 convolutions are V2's head; V3's last block and head.
+    "timm_mobilenet_v2": (partial(timm.create_model, "mobilenetv2_100"), {DepthwiseSeparable: 1, MBConv: 16, PointwiseConv2d: 1}),
+    "timm_mobilenet_v3_large": (
+        partial(timm.create_model, "mobilenetv3_large_100"),
+        {DepthwiseSeparable: 1, MBConv: 14, PointwiseConv2d: 2},
+    ),
+    "timm_mobilenet_v3_small": (
+        partial(timm.create_model, "mobilenetv3_small_100"),
+        {DepthwiseSeparable: 1, MBConv: 10, PointwiseConv2d: 2},
+    ),
 }
-each_network = pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])
+each_network = pytest.mark.parametrize(
+    "name", ["squeezenet1_1", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "timm_mobilenet_v3_small"]
+)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -196,6 +209,9 @@ def conv_norm(*layers: nn.Module) -> nn.Sequential:
         (lambda: mobilenetv2.InvertedResidual(8, 16, 2, 1), InvertedResidual),
         (lambda: timm_v1(8, 16, stride=2), DepthwiseSeparable),
         (lambda: DepthwiseSeparableConv(8, 8), DepthwiseSeparable),
+        (lambda: DepthwiseSeparableConv(8, 8, se_layer=timm_blocks.SqueezeExcite), DepthwiseSeparable),
+        (lambda: timm_blocks.InvertedResidual(8, 8, exp_ratio=6), MBConv),
+        (lambda: timm_blocks.InvertedResidual(8, 16, 5, 2, exp_ratio=3, se_layer=timm_blocks.SqueezeExcite), MBConv),
         (lambda: torchvision.ops.Conv2dNormActivation(8, 12), Conv2dNormActivation),
         (lambda: torchvision.ops.Conv2dNormActivation(8, 12, activation_layer=None), Conv2dNormActivation),
         (lambda: conv_norm(nn.Hardswish()), Conv2dNormActivation),
@@ -248,6 +264,34 @@ def test_what_no_layer_stands_for_stays(build):
     before = [type(child) for child in module.modules()]
     assert fastconv.replace(module) is module
     assert [type(child) for child in module.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(timm_blocks.InvertedResidual, 8, 8, exp_ratio=2, drop_path_rate=0.5, se_layer=timm_blocks.SqueezeExcite),
+        partial(DepthwiseSeparableConv, 8, 8, drop_path_rate=0.5),
+    ],
+)
+def test_stochastic_depth_drops_what_it_did(build):
+    """Whole images' blocks, half of them here; from the same random numbers."""
+    torch.manual_seed(0)
+    original = randomise(build())
+    layer = fastconv.replace(copy.deepcopy(original))
+    assert type(layer) in OURS
+    x = torch.randn(16, 8, 9, 7)
+    results = []
+    for module in (original, layer):
+        torch.manual_seed(1)
+        image = x.clone().requires_grad_()
+        y = module(image)
+        dropped = [torch.equal(out, image) for out, image in zip(y, x)]
+        assert 0 < sum(dropped) < 16
+        y.square().sum().backward()
+        results.append((y, image.grad, *(parameter.grad for parameter in module.parameters()), torch.tensor(dropped)))
+    for actual, expected in zip(*results, strict=True):
+        assert close(actual, expected, 1e-4)
+    assert close(layer.eval()(x), original.eval()(x))
 
 
 class OwnFire(nn.Module):

@@ -278,12 +278,23 @@ def test_memory_that_inductor_uses_again_is_not_the_recorded_graphs(layer, layou
     assert (actual - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_a_replaced_model_trains_through_the_kernels():
-    model = torchvision_squeezenet()
+@pytest.mark.parametrize("build", ["torchvision_squeezenet", "timm_blocks"])
+def test_a_replaced_model_trains_through_the_kernels(build):
+    model = globals()[build]()
     twin, graphs = copy.deepcopy(model), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     assert_same_bits(a_step(compiled, model, X), a_step(twin, twin, X))
     assert not any("conv2d" in call for calls in graphs.calls for call in calls)
+
+
+def timm_blocks():
+    try:
+        import_torchvision()
+        from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
+    except ImportError as error:
+        pytest.skip(f"needs torchvision and timm: {error}")
+    blocks = DepthwiseSeparableConv(3, 8, se_layer=SqueezeExcite), InvertedResidual(8, 8, exp_ratio=4, se_layer=SqueezeExcite)
+    return fastconv.replace(nn.Sequential(*blocks, InvertedResidual(8, 8, exp_ratio=4, drop_path_rate=0.5))).train()
 
 
 def torchvision_squeezenet():

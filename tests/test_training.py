@@ -18,7 +18,8 @@ from fastconv.models._torchvision import import_torchvision
 try:
     torchvision = import_torchvision()
     import timm
-    from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv, SqueezeExcite
+    from timm.models._efficientnet_blocks import InvertedResidual as MBConv
     from torchvision.models import mobilenetv2, mobilenetv3, squeezenet
 except ImportError as error:
     pytest.skip(f"needs torchvision and timm: {error}", allow_module_level=True)
@@ -49,6 +50,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "inverted-residual-no-expand": (lambda: mobilenetv2.InvertedResidual(32, 16, 1, 1), 32),
     "v3-residual": (lambda: v3(16, 16, 1), 16),
     "v3-stride2": (lambda: v3(16, 24, 2), 16),
+    "separable-gate": (lambda: separable(16, 16, 5, se_layer=SqueezeExcite), 16),
+    "mbconv": (lambda: MBConv(16, 16, exp_ratio=3, act_layer=nn.SiLU, se_layer=SqueezeExcite), 16),
+    "mbconv-stride2": (lambda: MBConv(12, 19, 5, 2, exp_ratio=4, act_layer=nn.ReLU6), 12),
     "row-pointwise": (lambda: row(16, 40, 1, activation_layer=nn.Hardswish), 16),
     "row-linear": (lambda: row(40, 16, 1, activation_layer=None), 40),
     "row-depthwise-5x5": (lambda: row(24, 24, 5, 2, groups=24, activation_layer=nn.SiLU), 24),
@@ -61,6 +65,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v1": partial(timm.create_model, "mobilenetv1_100"),
     "mobilenet_v2": partial(torchvision.models.mobilenet_v2, width_mult=0.5),
     "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+    "timm_mobilenet_v3_small": partial(timm.create_model, "mobilenetv3_small_100"),
 }
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 each_layer = pytest.mark.parametrize("name", LAYERS)

@@ -5,12 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 
-def make_divisible(channels: float, divisor: int) -> int:
-    """`channels` rounded to a multiple of `divisor`, never down by more than 10% (the rule of the MobileNet papers' code)."""
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * channels else rounded
-
-
 def init_weights(model: nn.Module) -> None:
     """torchvision's initialisation of MobileNet V2 and V3, drawing from the generator in the same order."""
     for module in model.modules():

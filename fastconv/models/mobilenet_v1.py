@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastconv.models._layers import make_divisible
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._channels import make_divisible
 from fastconv.nn._training import innermost, run_each
 from fastconv.nn.separable import DepthwiseSeparable
 from fastconv.optimize.planned import Planned

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastconv.models._layers import init_weights, make_divisible
+from fastconv.models._layers import init_weights
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._channels import make_divisible
 from fastconv.nn._training import innermost
 from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.inverted_residual import InvertedResidual

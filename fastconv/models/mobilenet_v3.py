@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastconv.models._layers import init_weights, make_divisible
+from fastconv.models._layers import init_weights
 from fastconv.models._weights import Weights, load_weights
+from fastconv.nn._channels import make_divisible
 from fastconv.nn._training import innermost, run
 from fastconv.nn._twin import is_depthwise, is_pointwise, member
 from fastconv.nn.conv_norm import Conv2dNormActivation

@@ -15,6 +15,7 @@ from fastconv.nn.conv_norm import Conv2dNormActivation
 from fastconv.nn.depthwise import DepthwiseConv2d
 from fastconv.nn.fire import Fire
 from fastconv.nn.inverted_residual import InvertedResidual
+from fastconv.nn.mbconv import MBConv
 from fastconv.nn.pointwise import PointwiseConv2d
 from fastconv.nn.separable import DepthwiseSeparable
 from fastconv.optimize.layers import Kernel, Layer, Norm, Source
@@ -25,7 +26,7 @@ from fastconv.optimize.trace import Untraceable, hooked, trace
 M = TypeVar("M", bound=nn.Module)
 Kinds = tuple[type[nn.Module], ...]
 
-_BLOCKS: Kinds = (Fire, InvertedResidual, InvertedResidualV3, DepthwiseSeparable)
+_BLOCKS: Kinds = (Fire, InvertedResidual, InvertedResidualV3, MBConv, DepthwiseSeparable)
 _ROWS: Kinds = (Conv2dNormActivation,)
 _KINDS: Kinds = (*_BLOCKS, *_ROWS, DepthwiseConv2d, PointwiseConv2d)
 
@@ -35,10 +36,10 @@ def replace(model: M) -> M:
 
     A module becomes its twin by changing its class, as PyTorch's fully_shard does: the module, its submodules, Parameters, buffers, modes,
     hooks and state_dict keys stay the very same objects and names, so optimizers, wrappers and checkpoints made before keep working.
-    Outermost first: Fire, InvertedResidual (MobileNet V2's and V3's) and DepthwiseSeparable (V1) blocks, of torchvision, timm or your own
-    class of the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch norm and
-    activation; then depthwise and 1x1 convolutions; last the Sequentials that hold a stem, a 1x1 convolution or a 3x3 max pool, as
-    SqueezeNet's. Within a block only Sequentials of the first kind are replaced, as its constructor would have it.
+    Outermost first: Fire, InvertedResidual (torchvision's MobileNet V2 and V3), MBConv (timm's) and DepthwiseSeparable (V1) blocks, also
+    of your own class with the same attributes, once a trace shows that the twin computes the same; then Sequentials of convolution, batch
+    norm and activation; then depthwise and 1x1 convolutions; last the Sequentials that hold a stem, a 1x1 convolution or a 3x3 max pool,
+    as SqueezeNet's. Within a block only Sequentials of the first kind are replaced, as its constructor would have it.
 
     Left alone: what no twin fits; classes with methods of their own, whose behaviour a twin would drop; modules whose forward was
     replaced; blocks and Sequentials with a hook on a module inside them (their inner layers are then taken one by one, so that the hook
@@ -130,8 +131,9 @@ def _computed(module: nn.Module, training: bool) -> list[tuple] | None:
     """The steps of the matched graph, to compare; None if it has none."""
     for part in module.modules():  # norms as in eval mode, where timm's tell their activation
         part.training = training and not isinstance(part, nn.BatchNorm2d)
+    whole = {part: "stochastic depth" for name, part in module.named_children() if name == "drop_path"}  # draws, which no graph may
     try:
-        graph = trace(module, {})
+        graph = trace(module, whole)
         match(graph, module)
     except (Untraceable, Hazard):
         return None

@@ -81,6 +81,18 @@ def run_each(x: Tensor, modules: Iterable[nn.Module], residual: bool = False) ->
     return y + x if residual else y
 
 
+def run_block(x: Tensor, modules: Iterable[nn.Module], residual: bool, drop_path: nn.Module) -> Tensor:
+    """The same for a block of timm's, whose stochastic depth stands before the sum."""
+    if not residual or is_absent(drop_path):
+        return run_each(x, modules, residual)
+    return drop_path(run_each(x, modules)) + x
+
+
+def is_absent(module: nn.Module) -> bool:
+    """Whether an optional part of a block is not there."""
+    return type(module) is nn.Identity and not hooked(module)
+
+
 def _trained(x: Tensor, modules: Iterable[nn.Module], residual: bool) -> Tensor | None:
     if not trains(x):
         return None
@@ -137,19 +149,25 @@ def _is_chain(module: nn.Sequential) -> bool:
     )
 
 
-_GATES = ("fastconv.models.mobilenet_v3.SqueezeExcitation", "torchvision.ops.misc.SqueezeExcitation")
+# Squeeze-excitations: the modules from the image's means, which the kernels take over, to the factors of its channels.
+_GATES = {
+    "fastconv.models.mobilenet_v3.SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation"),
+    "torchvision.ops.misc.SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation"),
+    "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "act1", "conv_expand", "gate"),
+}
+
+
+def gate_modules(module: nn.Module) -> tuple[str, ...]:
+    """Their names, or none where `module` is no squeeze-excitation of these."""
+    kind = type(module)
+    return _GATES.get(f"{kind.__module__}.{kind.__qualname__}", ())
 
 
 def _is_gate(module: nn.Module) -> bool:
-    """Squeeze-excitation, scale_activation(fc2(activation(fc1(avgpool(x))))) * x, whose avgpool the kernels take over."""
-    kind = type(module)
-    return (
-        f"{kind.__module__}.{kind.__qualname__}" in _GATES
-        and not hooked(module)
-        and type(module.avgpool) is nn.AdaptiveAvgPool2d
-        and module.avgpool.output_size in (1, (1, 1))
-        and not hooked(module.avgpool)
-    )
+    if not gate_modules(module) or hooked(module):
+        return False
+    pool = getattr(module, "avgpool", None)  # timm's takes the mean itself
+    return pool is None or (type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and not hooked(pool))
 
 
 def _parts(modules: Iterable[nn.Module]) -> list[Layer | nn.Module] | None:
@@ -264,7 +282,9 @@ def _run_parts(x: Tensor, parts: list[Layer | nn.Module], residual: bool) -> Ten
             continue
         # The means are torch's from here to the gate: its layers are small, and may be anything.
         y, norm, means = _Chain.apply(*state, None, tuple(layers), False, *_flat_parameters(layers))
-        gate = part.scale_activation(part.fc2(part.activation(part.fc1(means))))
+        gate = means
+        for name in gate_modules(part):
+            gate = getattr(part, name)(gate)
         state, layers = (y, norm, gate, layers[-1].activation), []
     return _Chain.apply(*state, added, tuple(layers), True, *_flat_parameters(layers))
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastconv.nn._training import run_each
+from fastconv.nn._timm import activations, check_optional, set_optional
+from fastconv.nn._training import is_absent, run_block
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
 
@@ -15,7 +16,8 @@ class DepthwiseSeparable(Planned):
     """Twin of timm's `DepthwiseSeparableConv` as MobileNet V1 uses it: depthwise, norm, activation, 1x1, norm[, activation].
 
     x (N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride)), any floating dtype. `pw_act` adds the activation after
-    the 1x1; the input is added to the result when the shapes allow it, unless `noskip`.
+    the 1x1; the input is added to the result when the shapes allow it, unless `noskip`. `se`, between the two, and `drop_path`, before the
+    sum, are there where `from_torch` and `fastconv.replace` found them.
     """
 
     def __init__(
@@ -37,16 +39,18 @@ class DepthwiseSeparable(Planned):
         self.conv_dw = nn.Conv2d(in_chs, in_chs, dw_kernel_size, stride, padding, dilation, groups=in_chs, bias=False)
         self.bn1 = norm_layer(in_chs)
         self.act1 = act_layer(inplace=True)
+        self.se = nn.Identity()
         self.conv_pw = nn.Conv2d(in_chs, out_chs, 1, bias=False)
         self.bn2 = norm_layer(out_chs)
         self.act2 = act_layer(inplace=True) if pw_act else nn.Identity()
+        self.drop_path = nn.Identity()
 
     @classmethod
     def from_torch(cls, module: nn.Module) -> DepthwiseSeparable:
         """The same layer with the same Parameter objects, from timm's DepthwiseSeparableConv or from one of these.
 
-        Raises TypeError or ValueError if `module` is not built so: space-to-depth, anti-aliasing, squeeze-excitation and stochastic
-        depth belong to other networks and are not taken.
+        Raises TypeError or ValueError if `module` is not built so: space-to-depth, anti-aliasing and other gates than
+        SqueezeExcite belong to other networks and are not taken.
         """
         return cls._adopt(share(module))
 
@@ -58,29 +62,14 @@ class DepthwiseSeparable(Planned):
             raise ValueError(f"DepthwiseSeparable: conv_dw must be depthwise, got {describe(depthwise)}")
         if not is_pointwise(pointwise):
             raise ValueError(f"DepthwiseSeparable: conv_pw must be a 1x1 convolution, got {describe(pointwise)}")
-        extras = ("conv_s2d", "aa", "se", "drop_path")
-        for name in extras:
-            extra = getattr(module, name, None)
-            if extra is not None and not isinstance(extra, nn.Identity):
-                raise ValueError(f"DepthwiseSeparable: {name} is not supported, got {type(extra).__name__}")
+        check_optional("DepthwiseSeparable", module)
         member("DepthwiseSeparable", module, "has_skip", bool)
-        activations = {}
-        for i in "12":
-            norm = member("DepthwiseSeparable", module, f"bn{i}", nn.BatchNorm2d)
-            if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
-                raise ValueError(f"DepthwiseSeparable: bn{i}.drop is not supported, got {type(norm.drop).__name__}")
-            owner, name = (module, f"act{i}") if getattr(module, f"act{i}", None) is not None else (norm, "act")
-            activations[f"act{i}"] = member("DepthwiseSeparable", owner, name, nn.Module)
+        found = activations("DepthwiseSeparable", module, 2)
         module.__class__ = cls
-        for name in extras:
-            module._modules.pop(name, None)
-        for norm in (module.bn1, module.bn2):  # timm's BatchNormAct2d holds the activation
-            norm.__class__ = nn.BatchNorm2d
-            norm._modules.clear()
-        for name, activation in activations.items():
-            module.add_module(name, activation)
+        set_optional(module, found)
         return module
 
     def _forward(self, x: Tensor) -> Tensor:
-        modules = (self.conv_dw, self.bn1, self.act1, self.conv_pw, self.bn2, self.act2)
-        return run_each(x, modules, residual=self.has_skip)
+        gate = () if is_absent(self.se) else (self.se,)
+        modules = (self.conv_dw, self.bn1, self.act1, *gate, self.conv_pw, self.bn2, self.act2)
+        return run_block(x, modules, self.has_skip, self.drop_path)

@@ -66,7 +66,7 @@ def _number(identity: int) -> int:
 
 _key_now._dynamo_marked_constant = _number._dynamo_marked_constant = True
 
-_KNOWN = ("torch.nn.modules.", "torchvision.ops.", "timm.layers.", "fastconv.")
+_KNOWN = ("torch.nn.modules.", "torchvision.ops.", "timm.layers.", "timm.models._efficientnet_blocks", "fastconv.")
 
 
 def _is_closed(module: nn.Module) -> bool:
