@@ -22,6 +22,7 @@ import test_separable
 import test_stem
 import torch
 from core import programs
+from fuzz import fuzz
 from fuzz.python_targets import TARGETS
 from harness import ACTIVATIONS, ISAS, Bounded, integers, layouts, randomise_norms, reals, using_isa
 from hypothesis import HealthCheck, Phase, given, settings
@@ -279,6 +280,13 @@ def test_saved_inputs(target):
     assert files
     for file in files:
         TARGETS[target](file.read_bytes())
+
+
+def test_the_fuzzed_operators_are_of_every_source_once():
+    sources = [source for _, source, _ in fuzz.jobs()]
+    assert len(set(sources)) == len(sources)
+    assert {path.name for path in sources} > {"training.cpp", "blocks.cpp", "program.cpp", "operators.cpp"}
+    assert [path.parent.name for path in sources if path.name == "training.cpp"] == ["cpu", "csrc"]
 
 
 @pytest.mark.slow

@@ -32,21 +32,24 @@ UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sa
 LIMITS = ["-timeout=30", "-rss_limit_mb=4096"]
 
 
-def build() -> Path:
-    """tests/fuzz/operators.cpp with csrc and the portable kernels, all of it instrumented."""
-    import torch
+def jobs() -> list[tuple[list[str], Path, str]]:
+    """(flags, source, name) of tests/fuzz/operators.cpp with csrc and the portable kernels, all of it instrumented."""
     from torch.utils import cpp_extension
+
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    options = ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address", *UNDEFINED, "-DFASTCONV_EXACT_SCRATCH", "-w"]
+    core = programs.core_jobs(["scalar"], [*options, "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes])
+    flags = core[-1][0]
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.stem not in ("module", "watch", "direct", "benchmark")]
+    return core + [(flags, path, path.stem) for path in [*sources, ROOT / "tests/fuzz/operators.cpp"]]
+
+
+def build() -> Path:
+    import torch
 
     cxx = programs.clang()
     if cxx is None:
         sys.exit("fuzz: operators need clang and its libFuzzer (apt-get install clang)")
-    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    options = ["-O1", "-g1", "-fsanitize=fuzzer-no-link,address", *UNDEFINED, "-DFASTCONV_EXACT_SCRATCH", "-w"]
-    jobs = programs.core_jobs(["scalar"], [*options, "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes])
-    flags = jobs[-1][0]
-    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.stem not in ("module", "watch", "direct", "benchmark")]
-    jobs += [(flags, ROOT / "kernels/cpu/training.cpp", "training_core")]
-    jobs += [(flags, path, path.stem) for path in [*sources, ROOT / "tests/fuzz/operators.cpp"]]
     folder = ROOT / "build" / "fuzz"
     libraries = Path(torch.__file__).parent / "lib"
     linking = [
@@ -58,7 +61,7 @@ def build() -> Path:
         "-ltorch",
         "-ltorch_cpu",
     ]
-    return programs.link([*cxx, *linking], programs.compile_all(cxx, jobs, folder), folder, "operators")
+    return programs.link([*cxx, *linking], programs.compile_all(cxx, jobs(), folder), folder, "operators")
 
 
 def command(target: str) -> list[str]:
