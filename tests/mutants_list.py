@@ -37,6 +37,13 @@ KERNELS_TEST = "pytest tests/test_training_kernels.py tests/test_training.py"
 DEPTHWISE = [
     core(
         "depthwise.h",
+        "exact avx512 depthwise",
+        "a column too far under each tap, two rows at a time",
+        "sum[r][t] += value[t + kw] * tap[r][kw];",
+        "sum[r][t] += value[t + kw + (r > 0 && t + kw + 1 < N)] * tap[r][kw];",
+    ),
+    core(
+        "depthwise.h",
         "exact avx2 depthwise",
         "halo one row low",
         "oh * op.stride_h - op.pad_h + i;",
