@@ -32,11 +32,15 @@ def check_optional(layer: str, module: nn.Module) -> None:
             raise ValueError(f"{layer}: {name} is not supported, got {type(part).__name__}")
 
 
-def set_optional(module: nn.Module, activations: dict[str, nn.Module]) -> None:
-    """A block of timm's as ours: activations beside its norms, squeeze-excitation and stochastic depth or their absence, nothing else."""
+def adopt(module: nn.Module, kind: type[nn.Module], norms: int) -> None:
+    """Makes a block of timm's a `kind` of ours: activations beside its norms, squeeze-excitation and stochastic depth or their absence,
+    nothing else. Raises TypeError or ValueError, and leaves it as it was, where its norms are others. After check_optional."""
+    member(kind.__name__, module, "has_skip", bool)
+    found = activations(kind.__name__, module, norms)
+    module.__class__ = kind
     for name in _OTHERS:
         module._modules.pop(name, None)
-    for name, activation in activations.items():
+    for name, activation in found.items():
         norm = getattr(module, name.replace("act", "bn"))
         norm.__class__ = nn.BatchNorm2d
         norm._modules.clear()

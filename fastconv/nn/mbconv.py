@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastconv.nn._channels import make_divisible
 from fastconv.nn._conv import KernelConv2d
-from fastconv.nn._timm import activations, check_optional, set_optional
+from fastconv.nn._timm import adopt, check_optional
 from fastconv.nn._training import is_absent, run_block
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
@@ -74,10 +74,7 @@ class MBConv(Planned):
             right, kind = (is_depthwise, "depthwise") if name == "conv_dw" else (is_pointwise, "a 1x1 convolution")
             if not right(conv):
                 raise ValueError(f"MBConv: {name} must be {kind}, got {describe(conv)}")
-        member("MBConv", module, "has_skip", bool)
-        found = activations("MBConv", module, 3)
-        module.__class__ = cls
-        set_optional(module, found)
+        adopt(module, cls, norms=3)
         return module
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastconv.nn._timm import activations, check_optional, set_optional
+from fastconv.nn._timm import adopt, check_optional
 from fastconv.nn._training import is_absent, run_block
 from fastconv.nn._twin import describe, is_depthwise, is_pointwise, member, share
 from fastconv.optimize.planned import Planned
@@ -63,10 +63,7 @@ class DepthwiseSeparable(Planned):
         if not is_pointwise(pointwise):
             raise ValueError(f"DepthwiseSeparable: conv_pw must be a 1x1 convolution, got {describe(pointwise)}")
         check_optional("DepthwiseSeparable", module)
-        member("DepthwiseSeparable", module, "has_skip", bool)
-        found = activations("DepthwiseSeparable", module, 2)
-        module.__class__ = cls
-        set_optional(module, found)
+        adopt(module, cls, norms=2)
         return module
 
     def _forward(self, x: Tensor) -> Tensor:
