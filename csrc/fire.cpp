@@ -67,10 +67,16 @@ class FireStep : public Step {
     out1_ = check_panels(op(), "panels1x1", panels1x1_, bias1x1_, squeezed_);
     out3_ = check_panels(op(), "panels3x3", panels3x3_, bias3x3_, squeezed_ * 9);
     if (winograd3x3_) check_panels(op(), "winograd3x3", *winograd3x3_, bias3x3_, squeezed_ * 36);
+    call_.squeeze = {data(squeeze_panels_), data(squeeze_bias_), squeeze_panels_.size(1), squeezed_, Activation::relu};
+    call_.expand1x1 = {data(panels1x1_), data(bias1x1_), squeezed_, out1_, Activation::relu};
+    call_.panels3x3 = data(panels3x3_);
+    call_.winograd3x3 = winograd3x3_ ? data(*winograd3x3_) : nullptr;
+    call_.bias3x3 = data(bias3x3_);
+    call_.expand3x3_channels = out3_;
   }
   const char* op() const override { return "fire"; }
   Shape output(const Shape& in) const override {
-    check_channels(op(), in, squeeze_panels_.size(1));
+    check_channels(op(), in, call_.squeeze.in_channels);
     check_some_pixels(op(), in);
     return {in.n, out1_ + out3_, in.h, in.w};
   }
@@ -79,26 +85,17 @@ class FireStep : public Step {
   }
   bool writes_blocks() const override { return out1_ % PANEL == 0; }
   void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
-    const auto [n, c, h, w] = x.shape;
-    run_fire({x.data,
-              x.strides,
-              n,
-              h,
-              w,
-              {data(squeeze_panels_), data(squeeze_bias_), c, squeezed_, Activation::relu},
-              {data(panels1x1_), data(bias1x1_), squeezed_, out1_, Activation::relu},
-              data(panels3x3_),
-              winograd3x3_ ? data(*winograd3x3_) : nullptr,
-              data(bias3x3_),
-              out3_,
-              out.data,
-              out.strides},
-             parallel);
+    Fire call = call_;
+    call.x = x.data, call.x_strides = x.strides;
+    call.batch = x.shape.n, call.height = x.shape.h, call.width = x.shape.w;
+    call.out = out.data, call.out_strides = out.strides;
+    run_fire(call, parallel);
   }
 
  private:
   Tensor squeeze_panels_, squeeze_bias_, panels1x1_, bias1x1_, panels3x3_, bias3x3_;
   OptionalTensor winograd3x3_;
+  Fire call_{};  // all of it that does not depend on the image
   int64_t squeezed_, out1_, out3_;
 };
 

@@ -7,27 +7,27 @@ namespace {
 class PointwiseStep : public Step {
  public:
   PointwiseStep(Tensor panels, Tensor bias, Activation activation)
-      : panels_(std::move(panels)), bias_(std::move(bias)), activation_(activation) {
+      : panels_(std::move(panels)), bias_(std::move(bias)) {
     check(panels_.dim() == 3, op(), "panels must be (G, Cin, 16), got ", shape_of{panels_});
-    out_channels_ = check_panels(op(), "panels", panels_, bias_, panels_.size(1));
+    const int64_t in_channels = panels_.size(1), out_channels = check_panels(op(), "panels", panels_, bias_, in_channels);
+    weights_ = {data(panels_), data(bias_), in_channels, out_channels, activation};
   }
   const char* op() const override { return "pointwise"; }
   Shape output(const Shape& in) const override {
-    check_channels(op(), in, panels_.size(1));
+    check_channels(op(), in, weights_.in_channels);
     check_some_pixels(op(), in);
-    return {in.n, out_channels_, in.h, in.w};
+    return {in.n, weights_.out_channels, in.h, in.w};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }
   void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const override {
-    const Epilogue epilogue{data(bias_), residual.data, residual.strides, activation_};
-    run_pointwise({x.data, x.strides, x.shape.c, out_channels_, data(panels_), epilogue, out.data, out.strides},
+    const Epilogue epilogue{weights_.bias, residual.data, residual.strides, weights_.activation};
+    run_pointwise({x.data, x.strides, x.shape.c, weights_.out_channels, weights_.panels, epilogue, out.data, out.strides},
                   out.shape.n * out.shape.h * out.shape.w, parallel);
   }
 
  private:
   Tensor panels_, bias_;
-  Activation activation_;
-  int64_t out_channels_;
+  PackedPointwise weights_;
 };
 
 }  // namespace

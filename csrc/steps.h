@@ -12,6 +12,7 @@ namespace fastconv {
 struct Shape {
   int64_t n, c, h, w;
   int64_t image() const { return c * h * w; }  // elements
+  bool operator==(const Shape&) const = default;
 };
 std::ostream& operator<<(std::ostream& text, const Shape& shape);
 inline Shape shape_like(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }

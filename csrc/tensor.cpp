@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -158,7 +159,24 @@ Tensor reordered(const Tensor& x, MemoryFormat format) {
 }  // namespace
 
 Tensor empty(const Ints& shape, MemoryFormat format) {
-  return or_out_of_memory([&] { return torch::stable::empty(shape, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, format); });
+  Ints strides(shape.size());
+  int64_t stride = 1;
+  const bool channels_last = format == MemoryFormat::ChannelsLast;
+  const auto next = [&](size_t d) {
+    strides[d] = stride;
+    // As torch's own for no elements, too.
+    if (__builtin_mul_overflow(stride, channels_last ? shape[d] : std::max<int64_t>(shape[d], 1), &stride)) throw std::bad_alloc();
+  };
+  if (channels_last)
+    for (const size_t d : {1, 3, 2, 0}) next(d);
+  else
+    for (size_t d = shape.size(); d-- > 0;) next(d);
+  return or_out_of_memory([&] {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                           aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  });
 }
 
 Tensor to_contiguous(const Tensor& x, MemoryFormat format) {

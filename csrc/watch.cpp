@@ -80,38 +80,28 @@ PyObject* interned(const char* name) {
 }
 
 Watch::Watch(py::list tensors, py::list owners, py::list keys, py::list counted, py::list addressed, py::list children) {
-  const auto add = [&](const void* address, uintptr_t bytes) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(address) / LINE * LINE, end = reinterpret_cast<uintptr_t>(address) + bytes;
-    for (uintptr_t line = begin; line < end; line += LINE) lines_.push_back(reinterpret_cast<const char*>(line));
-  };
   const auto add_dict = [&](PyObject* dict) {
     if (!PyDict_Check(dict)) throw py::type_error("Watch: owners and children must be dictionaries");
-    add(dict, sizeof(PyDictObject));
     dicts_.push_back(dict);
   };
   if (owners.size() != tensors.size() || keys.size() != tensors.size())
     throw py::value_error("Watch: tensors, owners and keys must be of one length");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* tensor = tensors[i].ptr();
-    places_.push_back({tensor, owners[i].ptr(), keys[i].ptr()});
-    add(tensor, 64);
-    const auto* implementation = reinterpret_cast<const char*>(py::cast<uintptr_t>(tensors[i].attr("_cdata")));
-    add(implementation, 192);
-    implementations_.push_back(implementation);
+    places_.push_back({tensors[i].ptr(), owners[i].ptr(), keys[i].ptr()});
     add_dict(owners[i].ptr());
   }
-  for (const py::handle tensor : counted) versions_.emplace_back(tensor.ptr(), version_of(tensor.ptr()));
-  for (const py::handle tensor : addressed) {
-    addresses_.emplace_back(tensor.ptr(), address_of(tensor.ptr()));
+  for (const py::handle tensor : counted) {
+    const auto* implementation = reinterpret_cast<const char*>(py::cast<uintptr_t>(tensor.attr("_cdata")));
+    Counted& counted = counted_.emplace_back(Counted{tensor.ptr(), version_of(tensor.ptr()), implementation, {}});
+    std::memcpy(counted.words, implementation, sizeof(counted.words));
   }
+  for (const py::handle tensor : addressed) addresses_.emplace_back(tensor.ptr(), address_of(tensor.ptr()));
   for (const py::handle dict : children) {
     add_dict(dict.ptr());
     children_.emplace_back(dict.ptr(), items(dict.ptr()));
   }
   for (const py::list& list : {tensors, owners, keys, counted, addressed, children}) held_.append(py::tuple(list));
   for (const py::handle dict : children) held_.append(py::list(dict.attr("items")()));
-  std::sort(lines_.begin(), lines_.end());
-  lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
   std::sort(dicts_.begin(), dicts_.end());
   dicts_.erase(std::unique(dicts_.begin(), dicts_.end()), dicts_.end());
   for (PyObject* dict : dicts_) tags_.push_back(tag_of(dict));
@@ -124,17 +114,18 @@ Watch::Items Watch::items(PyObject* dict) {
   return items;
 }
 
-void Watch::prefetch() const {
-  for (const char* line : lines_) __builtin_prefetch(line);
-  // What a tensor's first words point at, its version counter and storage among them. Whatever they are, fetching is harmless.
-  for (const char* implementation : implementations_) {
-    const char* words[8];
-    std::memcpy(words, implementation, sizeof(words));
-    for (const char* word : words) __builtin_prefetch(word);
-  }
+// Of the counted tensor: what its version's getter reads. Addresses of then: if they are no longer right, fetching them is harmless.
+void Watch::prefetch(const Counted& counted) {
+  const auto lines = [](const void* from, size_t bytes) {
+    for (size_t at = 0; at < bytes + LINE; at += LINE) __builtin_prefetch(static_cast<const char*>(from) + std::min(at, bytes - 1));
+  };
+  lines(counted.tensor, 64);
+  lines(counted.implementation, 192);
+  for (const char* word : counted.words) __builtin_prefetch(word);
 }
 
 bool Watch::same_dictionaries() const {
+  for (PyObject* dict : dicts_) __builtin_prefetch(&reinterpret_cast<const PyDictObject*>(dict)->ma_used);
   bool tagged = true;
   for (size_t i = 0; i < dicts_.size() && tagged; ++i) tagged = tags_[i] != 0 && tag_of(dicts_[i]) == tags_[i];
   if (tagged) return true;
@@ -159,10 +150,14 @@ bool Watch::same_dictionaries() const {
 }
 
 bool Watch::unchanged() const {
-  prefetch();
   if (!same_dictionaries()) return false;
-  for (const auto& [tensor, version] : versions_)
-    if (version_of(tensor) != version) return false;
+  // A getter takes 50 ns in the caches: what the next ones read has time to arrive meanwhile.
+  constexpr size_t AHEAD = 12;
+  for (size_t i = 0; i < std::min(AHEAD, counted_.size()); ++i) prefetch(counted_[i]);
+  for (size_t i = 0; i < counted_.size(); ++i) {
+    if (i + AHEAD < counted_.size()) prefetch(counted_[i + AHEAD]);
+    if (version_of(counted_[i].tensor) != counted_[i].version) return false;
+  }
   for (const auto& [tensor, address] : addresses_)
     if (address_of(tensor) != address) return false;
   return true;
