@@ -499,6 +499,20 @@ BLOCKS = [
     ),
     core(
         "blocks.cpp",
+        "pytest tests/test_inverted_residual.py -k test_bands",
+        "a band's outputs over the first one's",
+        "float* const first_out = to + (band - rows.begin) *",
+        "float* const first_out = to + 0 *",
+    ),
+    core(
+        "blocks.cpp",
+        "pytest tests/test_inverted_residual.py -k test_bands",
+        "every step's rows in the band's first",
+        "out + (now->out.begin - band) *",
+        "out + 0 *",
+    ),
+    core(
+        "blocks.cpp",
         "exact avx2 separable",
         "residual of the first pixels for all",
         "op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr",

@@ -21,6 +21,8 @@ constexpr int64_t FLOAT_WORK = 8;
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
 // And in L1 beside the weights of a chunk of columns (28 KiB).
 constexpr int64_t L1_FLOATS = 7 * 1024;
+// Of the depthwise rows of a block that goes depth first (384 KiB), and in so many steps at most.
+constexpr int64_t BAND_FLOATS = 96 * 1024, MOST_STEPS = 16;
 // Of this machine; a MiB where it is not told.
 int64_t l2_floats() {
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -526,6 +528,12 @@ struct Block {
   // kernel leave rows out: one at a time, so that those between two windows are not made.
   int64_t step() const { return op.stride_h > op.kernel ? 1 : std::min(op.out_height, std::max<int64_t>(2, 28 / op.out_width)); }
 
+  // Output rows of a piece: two steps, for a band, where the threads' shares stay equal.
+  int64_t piece(int64_t threads) const {
+    const int64_t least = std::max<int64_t>(2, step());
+    return !op.source && op.out_height % (2 * least * threads) == 0 ? 2 * least : least;
+  }
+
   // Depth first: a few output rows at a time go expand -> depthwise -> project, the rows between standing in a ring, and out to `to`.
   // Without `to` the depthwise convolution writes its rows of the whole image `middle` and the projection is left out.
   void rows(int64_t n, Range rows, Ring& at, int64_t worker, Scratch& scratch, float* to, Strides to_strides, float* middle = nullptr,
@@ -535,53 +543,66 @@ struct Block {
     const int64_t step = this->step(), row_floats = op.width * PANEL;
     // Rows are made in pairs: an even number of slots, with room for one row more than is used, never parts a pair.
     const int64_t slots = ringed ? ceil_div((step - 1) * op.stride_h + op.kernel + 1, 2) * 2 : op.height;
-    const Strides ring_strides = blocked(slots * op.width), strip_strides = blocked(step * op.out_width);
+    // A band of steps goes through the panels group by group, so that a group's rows and weights stay in L1 from one step to the next: 1% of
+    // MobileNet V2 and V3-L on one thread. What a source makes is made for one step at a time.
+    const int64_t all_panels = panels_for(op.channels), window = ((step - 1) * op.stride_h + op.kernel) * row_floats;
+    const int64_t most_steps = middle ? MOST_STEPS : std::clamp<int64_t>(BAND_FLOATS / (all_panels * PANEL * op.out_width * step), 1, MOST_STEPS);
+    const int64_t band_rows = std::min(op.source ? step : most_steps * step, rows.size());
+    const Strides ring_strides = blocked(slots * op.width), strip_strides = blocked(band_rows * op.out_width);
     const int64_t ring_floats = ringed ? blocked_floats(slots * op.width, op.channels) : 0;
-    const int64_t strip_floats = blocked_floats(step * op.out_width, op.channels);
+    const int64_t strip_floats = middle ? 0 : blocked_floats(band_rows * op.out_width, op.channels);
     const int64_t input_floats = buffered ? blocked_floats(slots * op.width, op.in_channels) : 0;
     float* const ring = scratch.floats(ring_floats + strip_floats + input_floats);
     float* const strip = ring + ring_floats;
     float* const input = strip + strip_floats;
     // Panels are expanded and go on to the depthwise convolution while they are in L1: two of MobileNet V2's 112 pixels a row (4% of the
     // time to 24 channels at 56x56), eight of 14.
-    const int64_t all_panels = panels_for(op.channels), window = ((step - 1) * op.stride_h + op.kernel) * row_floats;
     const int64_t group = op.expands() ? std::max<int64_t>(L1_FLOATS / window / 2 * 2, 2) : all_panels;
+    struct Step {
+      Range out, made[2];  // output rows, and new rows of the ring for them, in runs that are contiguous there
+      int64_t runs;
+    } steps[MOST_STEPS];
     at.seek(n, rows.begin, rows.begin * op.stride_h - op.pad_h);
-    for (int64_t oh = rows.begin; oh < rows.end; oh += step) {
-      const int64_t end = std::min(oh + step, rows.end);
-      const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
-      Range made[2];  // new rows, in runs that are contiguous in the ring
-      int64_t runs = 0;
-      if (ringed) {
+    for (int64_t band = rows.begin; band < rows.end; band += band_rows) {
+      const int64_t band_end = std::min(band + band_rows, rows.end);
+      int64_t count = 0;
+      for (int64_t oh = band; oh < band_end; oh += step) {
+        Step& now = steps[count++];
+        now = {{oh, std::min(oh + step, band_end)}, {}, 0};
+        const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((now.out.end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
+        if (!ringed) continue;
         at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
         at.fill(std::min(ceil_div(last, 2) * 2, op.height), slots, [&](Range run, int64_t slot) {
           if (op.source) op.source->rows(n, run, (buffered ? input : ring) + slot * row_floats, ring_strides, worker);
-          if (op.expands()) made[runs++] = run;
+          if (op.expands()) now.made[now.runs++] = run;
         });
       }
-      float* const out = middle ? middle + oh * op.out_width * middle_strides.pixel : strip;
+      float* const out = middle ? middle + band * op.out_width * middle_strides.pixel : strip;
       const Strides out_strides = middle ? middle_strides : strip_strides;
       for (int64_t panel = 0; panel < all_panels; panel += group) {
         const Range panels{panel, std::min(panel + group, all_panels)};
-        for (const Range* run = made; run < made + runs; ++run) {
-          const int64_t row = run->begin % slots * row_floats;
-          const float* from = buffered ? input + row : image(n) + run->begin * op.width * op.x_strides.pixel;
-          k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, ring + row, ring_strides),
-                      {0, run->size() * op.width}, panels);
+        for (const Step* now = steps; now < steps + count; ++now) {
+          for (const Range* run = now->made; run < now->made + now->runs; ++run) {
+            const int64_t row = run->begin % slots * row_floats;
+            const float* from = buffered ? input + row : image(n) + run->begin * op.width * op.x_strides.pixel;
+            k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, ring + row, ring_strides),
+                        {0, run->size() * op.width}, panels);
+          }
+          float* const to_rows = out + (now->out.begin - band) * op.out_width * out_strides.pixel;
+          const Depthwise call = ringed ? depthwise(ring, ring_strides, slots, to_rows, out_strides)
+                                        : depthwise(image(n), op.x_strides, op.height, to_rows, out_strides);
+          k.depthwise(call, now->out, {panels.begin * PANEL, std::min(panels.end * PANEL, op.channels)});
         }
-        const Depthwise call = ringed ? depthwise(ring, ring_strides, slots, out, out_strides)
-                                      : depthwise(image(n), op.x_strides, op.height, out, out_strides);
-        k.depthwise(call, {oh, end}, {panels.begin * PANEL, std::min(panels.end * PANEL, op.channels)});
       }
       if (!to) continue;
-      float* const first_out = to + (oh - rows.begin) * op.out_width * to_strides.pixel;
+      float* const first_out = to + (band - rows.begin) * op.out_width * to_strides.pixel;
       const Range panels{0, panels_for(op.project.out_channels)};
-      Pointwise call = project(out, out_strides, first_out, to_strides, n * out_pixels + oh * op.out_width);
+      Pointwise call = project(out, out_strides, first_out, to_strides, n * out_pixels + band * op.out_width);
       if (!op.residual_is_source) {
-        k.pointwise(call, {0, (end - oh) * op.out_width}, panels);
+        k.pointwise(call, {0, (band_end - band) * op.out_width}, panels);
         continue;
       }
-      for (int64_t row = oh; row < end; ++row) {  // the ring's rows are neighbours only up to its end
+      for (int64_t row = band; row < band_end; ++row) {  // the ring's rows are neighbours only up to its end
         call.epilogue.residual = ring + row % slots * row_floats;
         call.epilogue.residual_strides = ring_strides;
         k.pointwise(call, {0, op.out_width}, panels);
@@ -674,7 +695,7 @@ struct Block {
     } else if (in_rows) {
       std::vector<Ring> rings(parallel.threads());
       for (int64_t n = 0; n < count; ++n)
-        parallel.pieces(op.out_height, parallel.number_for(op.out_height, std::max<int64_t>(2, step())), [&](Range part, int64_t worker) {
+        parallel.pieces(op.out_height, parallel.number_for(op.out_height, piece(threads)), [&](Range part, int64_t worker) {
           rows(batch.begin + n, part, rings[worker], worker, private_scratch, nullptr, 0, middle_of(n, 0), middle_strides);
           sum_rows(n, part, {0, channels});
         });
@@ -760,7 +781,7 @@ void run_inverted_residual(const InvertedResidual& op, const Parallel& parallel)
   for (int64_t n = whole; n < op.batch; ++n) {
     if (op.source || block.depth_first(threads)) {
       std::vector<Ring> rings(threads);
-      const int64_t number = parallel.number_for(op.out_height, std::max<int64_t>(2, block.step()));
+      const int64_t number = parallel.number_for(op.out_height, block.piece(threads));
       parallel.pieces(op.out_height, number, [&](Range rows, int64_t worker) { block.rows(n, rows, rings[worker], worker); });
     } else {
       block.images({n, n + 1}, parallel, shared_scratch);
