@@ -6,8 +6,7 @@ namespace {
 
 class PointwiseStep : public Step {
  public:
-  PointwiseStep(Tensor panels, Tensor bias, Activation activation)
-      : panels_(std::move(panels)), bias_(std::move(bias)) {
+  PointwiseStep(Tensor panels, Tensor bias, Activation activation) : panels_(std::move(panels)), bias_(std::move(bias)) {
     check(panels_.dim() == 3, op(), "panels must be (G, Cin, 16), got ", shape_of{panels_});
     const int64_t in_channels = panels_.size(1), out_channels = check_panels(op(), "panels", panels_, bias_, in_channels);
     weights_ = {data(panels_), data(bias_), in_channels, out_channels, activation};

@@ -506,6 +506,13 @@ BLOCKS = [
     ),
     core(
         "blocks.cpp",
+        "pytest tests/test_whole.py -k test_first_call",
+        "a ring's memory by the call's rows",
+        "op.source ? step : std::min(most_steps * step, ceil_div(op.out_height, step) * step);",
+        "std::min(op.source ? step : most_steps * step, rows.size());",
+    ),
+    core(
+        "blocks.cpp",
         "pytest tests/test_inverted_residual.py -k test_bands",
         "every step's rows in the band's first",
         "out + (now->out.begin - band) *",

@@ -94,7 +94,7 @@ def test_network_shapes(channels, expanded, size, stride):
     ("expanded", "height", "width", "k", "stride"), [(18, 150, 5, 3, 1), (18, 150, 5, 5, 2), (18, 300, 3, 3, (5, 1)), (800, 40, 31, 3, 1)]
 )
 def test_bands(expanded, height, width, k, stride):
-    """Images of more steps, or more channels, than go through the panels together; integers, so equality is exact, with a gate of 1, too."""
+    """More steps, or channels, than go through the panels together; integers, so equality is exact, with a gate of 1 as well."""
     x, params = integers(1, 5, height, width), weights(5, expanded, 5, k, integers)
     want = reference.inverted_residual(x, *params, stride=stride, padding=k // 2)
     open_gate = torch.zeros(3, expanded, 1, 1), torch.zeros(3), torch.zeros(expanded, 3, 1, 1), torch.full((expanded,), 6.0)

@@ -40,6 +40,29 @@ def test_same_bits_as_the_steps(name, shape):
     assert expected.shape == (shape[0], 10)
 
 
+@pytest.mark.parametrize("name", fastconv.models.list_models())
+@pytest.mark.parametrize("size", [224, 97])
+def test_first_call_of_fresh_threads(name, size):
+    """Rings of rows outlive the call that makes them, so a new thread's memory must not grow or move under them."""
+    fast = optimized(name, num_classes=10)
+    x = torch.randn(1, 3, size, size)
+    expected = by_steps(fast)(x)
+    before = torch.get_num_threads()
+    for number in (1, 2, 3):
+        results = []
+
+        def first(number=number, results=results):
+            torch.set_num_threads(number)
+            with torch.inference_mode():
+                results.append(fast(x))
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        thread.join()
+        torch.set_num_threads(before)
+        assert torch.equal(results[0], expected), number
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, for one test."""

@@ -543,11 +543,13 @@ struct Block {
     const int64_t step = this->step(), row_floats = op.width * PANEL;
     // Rows are made in pairs: an even number of slots, with room for one row more than is used, never parts a pair.
     const int64_t slots = ringed ? ceil_div((step - 1) * op.stride_h + op.kernel + 1, 2) * 2 : op.height;
-    // A band of steps goes through the panels group by group, so that a group's rows and weights stay in L1 from one step to the next: 1% of
-    // MobileNet V2 and V3-L on one thread. What a source makes is made for one step at a time.
+    // A band of steps goes through the panels group by group, so that a group's rows and weights stay in L1 from one step to the next: 1%
+    // of MobileNet V2 and V3-L on one thread. What a source makes is made for one step at a time.
     const int64_t all_panels = panels_for(op.channels), window = ((step - 1) * op.stride_h + op.kernel) * row_floats;
-    const int64_t most_steps = middle ? MOST_STEPS : std::clamp<int64_t>(BAND_FLOATS / (all_panels * PANEL * op.out_width * step), 1, MOST_STEPS);
-    const int64_t band_rows = std::min(op.source ? step : most_steps * step, rows.size());
+    const int64_t most_steps =
+        middle ? MOST_STEPS : std::clamp<int64_t>(BAND_FLOATS / (all_panels * PANEL * op.out_width * step), 1, MOST_STEPS);
+    // Not as many as this call's rows: the ring outlives the call, so its memory must not grow or move.
+    const int64_t band_rows = op.source ? step : std::min(most_steps * step, ceil_div(op.out_height, step) * step);
     const Strides ring_strides = blocked(slots * op.width), strip_strides = blocked(band_rows * op.out_width);
     const int64_t ring_floats = ringed ? blocked_floats(slots * op.width, op.channels) : 0;
     const int64_t strip_floats = middle ? 0 : blocked_floats(band_rows * op.out_width, op.channels);
@@ -569,7 +571,8 @@ struct Block {
       for (int64_t oh = band; oh < band_end; oh += step) {
         Step& now = steps[count++];
         now = {{oh, std::min(oh + step, band_end)}, {}, 0};
-        const int64_t first = oh * op.stride_h - op.pad_h, last = std::min((now.out.end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
+        const int64_t first = oh * op.stride_h - op.pad_h,
+                      last = std::min((now.out.end - 1) * op.stride_h - op.pad_h + op.kernel, op.height);
         if (!ringed) continue;
         at.next = std::max({at.next, first, int64_t{0}});  // strides past the kernel skip rows
         at.fill(std::min(ceil_div(last, 2) * 2, op.height), slots, [&](Range run, int64_t slot) {
