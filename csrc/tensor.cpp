@@ -164,7 +164,7 @@ Tensor empty(const Ints& shape, MemoryFormat format) {
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   const auto next = [&](size_t d) {
     strides[d] = stride;
-    // As torch's own for no elements, too.
+    // Without elements the two formats' strides differ, as torch's own do.
     if (__builtin_mul_overflow(stride, channels_last ? shape[d] : std::max<int64_t>(shape[d], 1), &stride)) throw std::bad_alloc();
   };
   if (channels_last)

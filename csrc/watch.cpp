@@ -92,8 +92,8 @@ Watch::Watch(py::list tensors, py::list owners, py::list keys, py::list counted,
   }
   for (const py::handle tensor : counted) {
     const auto* implementation = reinterpret_cast<const char*>(py::cast<uintptr_t>(tensor.attr("_cdata")));
-    Counted& counted = counted_.emplace_back(Counted{tensor.ptr(), version_of(tensor.ptr()), implementation, {}});
-    std::memcpy(counted.words, implementation, sizeof(counted.words));
+    Counted& entry = counted_.emplace_back(Counted{tensor.ptr(), version_of(tensor.ptr()), implementation, {}});
+    std::memcpy(entry.words, implementation, sizeof(entry.words));
   }
   for (const py::handle tensor : addressed) addresses_.emplace_back(tensor.ptr(), address_of(tensor.ptr()));
   for (const py::handle dict : children) {

@@ -763,8 +763,8 @@ BINDINGS = [
         "inverted_residual.cpp",
         "tests/test_inverted_residual.py -k activations",
         "the first activation for all",
-        "activations_.depthwise,\n            gate,",
-        "activations_.project,\n            gate,",
+        "activations_.depthwise,\n            gate_,",
+        "activations_.project,\n            gate_,",
     ),
     binding(
         "inverted_residual.cpp",
@@ -868,7 +868,7 @@ BINDINGS = [
         "watch.cpp",
         "tests/test_optimize.py -k follows",
         "stale packed weights: versions not asked",
-        "if (version_of(tensor) != version) return false;",
+        "if (version_of(counted_[i].tensor) != counted_[i].version) return false;",
         "",
     ),
     binding(
