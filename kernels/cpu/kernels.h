@@ -105,7 +105,10 @@ struct Stem {
   float* out;
   Strides out_strides;
   FASTCONV_SHARED int64_t scratch_floats() const { return kernel_h * in_channels * buffer_width(); }
-  FASTCONV_SHARED int64_t buffer_width() const { return (out_width - 1) * stride_w + kernel_w; }
+  // Of a row of the buffer, whose columns begin so far in that the image's rows are copied in aligned vectors.
+  FASTCONV_SHARED int64_t buffer_width() const { return ceil_div(margin() + columns(), PANEL) * PANEL; }
+  FASTCONV_SHARED int64_t margin() const { return ceil_div(pad_w, PANEL) * PANEL - pad_w; }
+  FASTCONV_SHARED int64_t columns() const { return (out_width - 1) * stride_w + kernel_w; }
 };
 
 // Depthwise KxK, K = 3 or 5, stride_w = 1 or 2. Row h of the input is x + (h % ring_rows) * x_row_stride: a whole image has

@@ -24,16 +24,27 @@ FASTCONV_INLINE void part_rgb(const float* pixels, int64_t count, float* rows, i
     for (int64_t c = 0; c < 3; ++c) rows[c * width + j] = pixels[3 * j + c];
 }
 
+// A row is a few vectors: a call of memcpy costs as much again.
+FASTCONV_INLINE void copy_row(const float* from, int64_t count, float* to) {
+  int64_t j = 0;
+  for (; j + 2 * W <= count; j += 2 * W) {
+    const vec a = load(from + j), b = load(from + j + W);
+    store(to + j, a);
+    store(to + j + W, b);
+  }
+  for (; j < count; j += W) store_up_to(to + j, load_up_to(from + j, count - j), count - j);
+}
+
 inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
-  const int64_t width = op.buffer_width(), C = op.in_channels;
+  const int64_t width = op.buffer_width(), columns = op.columns(), C = op.in_channels;
   // Buffer column j is input column j - pad_w.
-  const int64_t first = op.pad_w < width ? op.pad_w : width, end = op.width + op.pad_w < width ? op.width + op.pad_w : width;
+  const int64_t first = op.pad_w < columns ? op.pad_w : columns, end = op.width + op.pad_w < columns ? op.width + op.pad_w : columns;
   const int64_t last = end > first ? end : first;
   for (int64_t kh = 0; kh < op.kernel_h; ++kh) {
     const int64_t ih = oh * op.stride_h - op.pad_h + kh;
-    float* const rows = buffer + kh * C * width;
+    float* const rows = buffer + kh * C * width + op.margin();
     if (ih < 0 || ih >= op.height || last == first) {  // an image of no columns has no address either
-      std::memset(rows, 0, C * width * sizeof(float));
+      std::memset(rows - op.margin(), 0, C * width * sizeof(float));
       continue;
     }
     const float* const source = op.x + ih * op.row_stride;
@@ -44,10 +55,10 @@ inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
       const float* const from = source + c * op.channel_stride;
       for (int64_t j = 0; j < first; ++j) row[j] = 0.0f;
       if (op.pixel_stride == 1)
-        std::memcpy(row + first, from, (last - first) * sizeof(float));
+        copy_row(from, last - first, row + first);
       else if (!rgb)
         for (int64_t j = first; j < last; ++j) row[j] = from[(j - first) * op.pixel_stride];
-      for (int64_t j = last; j < width; ++j) row[j] = 0.0f;
+      for (int64_t j = last; j < columns; ++j) row[j] = 0.0f;
     }
   }
 }
@@ -63,8 +74,32 @@ inline void fetch_rows(const Stem& op, int64_t oh) {
     }
 }
 
+// f(oh) computes row oh from the buffer.
+template <class F>
+FASTCONV_INLINE void for_each_stem_row(const Stem& op, Range rows, float* buffer, F f) {
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+    fill_row_buffer(op, oh, buffer);
+    fetch_rows(op, oh + 1);
+    f(oh);
+  }
+}
+
+// rows_of(MR, x): where tiles of MR pixels read whose first reads from x of the buffer on.
+template <class RowsOf>
+FASTCONV_INLINE void stem_tiles(const Stem& op, Range rows, float* buffer, RowsOf rows_of) {
+  const int64_t depth = op.kernel_h * op.kernel_w * op.in_channels;
+  for_each_stem_row(op, rows, buffer, [&](int64_t oh) {
+    const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
+    for_each_chunk<PREFERRED_NV>(
+        {0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
+          cover<NV, false>(op.out_width, at_column(to, column, columns),
+                           [&](auto MR, int64_t first) { return rows_of(MR, buffer + op.margin() + first * op.stride_w); });
+        });
+  });
+}
+
 template <int STEP>
-void stem_rows(const Stem& op, Range rows, float* buffer) {
+void stem_taps(const Stem& op, Range rows, float* buffer) {
   constexpr int MAX_DEPTH = 7 * 7 * 4;
   int32_t offsets[MAX_DEPTH];  // packed order (kh, kw, c) -> place in the row buffer
   const int64_t width = op.buffer_width(), depth = op.kernel_h * op.kernel_w * op.in_channels;
@@ -72,22 +107,14 @@ void stem_rows(const Stem& op, Range rows, float* buffer) {
   for (int64_t kh = 0; kh < op.kernel_h; ++kh)
     for (int64_t kw = 0; kw < op.kernel_w; ++kw)
       for (int64_t c = 0; c < op.in_channels; ++c) *offset++ = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
-  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
-    fill_row_buffer(op, oh, buffer);
-    fetch_rows(op, oh + 1);
-    const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
-    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false,
-                                 [&](auto NV, std::false_type, int64_t column, int64_t columns) {
-                                   cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
-                                     return Stepped<MR, STEP>{buffer + first * op.stride_w, offsets, 1, depth, op.stride_w};
-                                   });
-                                 });
-  }
+  stem_tiles(op, rows, buffer, [&](auto MR, const float* x) { return Stepped<MR, STEP>{x, offsets, 1, depth, op.stride_w}; });
 }
 
 inline void stem(const Stem& op, Range rows, float* scratch) {
-  if (op.stride_w == 2) return stem_rows<2>(op, rows, scratch);
-  stem_rows<0>(op, rows, scratch);
+  if (op.kernel_w == 3 && op.stride_w == 2 && op.in_channels == 3)
+    return stem_tiles(op, rows, scratch, [&](auto MR, const float* x) { return Window<MR, 2, 3>(x, op.kernel_h, op.buffer_width()); });
+  if (op.stride_w == 2) return stem_taps<2>(op, rows, scratch);
+  stem_taps<0>(op, rows, scratch);
 }
 
 }  // namespace fastconv::FASTCONV_ISA

@@ -151,6 +151,34 @@ struct Stepped {
   FASTCONV_INLINE void advance(int) {}
 };
 
+// The stem's row buffer of three channels a compile-time step and kernel width apart: every place is a displacement, or the width's
+// multiple.
+template <int MR, int STEP, int KW>
+struct Window {
+  static constexpr bool FETCHES = false;
+  static constexpr int DEPTH = KW * 3;  // a segment is a kernel row: (kw, channel)
+  static constexpr int64_t depth = DEPTH;
+  const float* x;
+  int64_t segments, width;
+  const float* p[3];  // of the channels
+  FASTCONV_INLINE Window(const float* x, int64_t segments, int64_t width) : x(x), segments(segments), width(width) {}
+  FASTCONV_INLINE void enter(int64_t s) {
+    if (s > 0) return;
+    for (int c = 0; c < 3; ++c) p[c] = x + c * width;
+    keep();
+  }
+  FASTCONV_INLINE void keep() {
+    asm("" : "+r"(p[0]), "+r"(p[1]), "+r"(p[2]));  // as they are: not one pointer a place
+  }
+  FASTCONV_INLINE void next() { x += MR * STEP; }
+  FASTCONV_INLINE void again() {}
+  FASTCONV_INLINE const float* at(int r, int64_t, int u) const { return p[u % 3] + (r * STEP + u / 3); }
+  FASTCONV_INLINE void advance(int) {
+    for (int c = 0; c < 3; ++c) p[c] += 3 * width;
+    keep();
+  }
+};
+
 // What tiles fetch into L2 while they multiply, floats_a_step for every UNROLL of the depth: the weights of the next chunk of columns, and
 // a share of what the product says is read after it. Weights come from L3 or memory once a call: fetched in time they cost nothing.
 struct Ahead {
@@ -181,6 +209,13 @@ struct Ahead {
     return at < RANGES;
   }
 };
+
+// A number that the compiler knows nothing of, so that what follows from it is not made before the loop, on the stack: that took 200 cycles
+// a call of `tiles`.
+FASTCONV_INLINE int64_t opaque(int64_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
 
 // Where a run of tiles writes, and the weights it uses: `columns` output channels from column 0 of panels, bias, residual and out; and as
 // many again in each of `chunks`.
@@ -282,6 +317,7 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
     // With one segment the first step begins the sums of whole vectors.
     constexpr bool BEGINS = STEPS == Steps::fours && requires { std::bool_constant<Rows::segments == 1>{}; };
     vec sum[MR][ALL];
+    if constexpr (!BEGINS) asm("" : "+m"(bias));  // no register for it in the loop
 #pragma GCC unroll 4
     for (int v = BEGINS ? NV : 0; v < ALL; ++v)
 #pragma GCC unroll 16
@@ -334,6 +370,12 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
         }
         advance(UNROLL);
       };
+      if constexpr (requires { std::bool_constant<(Rows::DEPTH > 0)>{}; }) {
+        [&]<int... U>(std::integer_sequence<int, U...>)
+            FASTCONV_LAMBDA_INLINE { (step(0, U, std::false_type{}), ...); }(std::make_integer_sequence<int, Rows::DEPTH>{});
+        advance(Rows::DEPTH);
+        continue;
+      }
       int64_t k = 0;
       if constexpr (BEGINS) {
         four(0, std::true_type{});
@@ -371,11 +413,13 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
         }
       }
     if (to.epilogue.residual) {
+      const float* residual = to.epilogue.residual;
+      const int64_t pixel = opaque(to.epilogue.residual_strides.pixel);
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
+      for (int r = 0; r < MR; ++r, residual += pixel)
 #pragma GCC unroll 4
         for (int v = 0; v < PLAIN; ++v)
-          if (columns > v * W) sum[r][v] += load_up_to(to.epilogue.residual + to.epilogue.residual_strides.at(r, v * W), columns - v * W);
+          if (columns > v * W) sum[r][v] += load_up_to(residual + to.epilogue.residual_strides.at(0, v * W), columns - v * W);
     }
     if (to.epilogue.activation == Activation::hardswish) {
 #pragma GCC unroll 16
@@ -385,11 +429,12 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
     }
     asm("" : "+m"(clamp));  // bounds come from memory here: the loop has no register for them
     const auto finish = [&](auto put) FASTCONV_LAMBDA_INLINE {
+      const int64_t pixel = opaque(to.out_strides.pixel);
 #pragma GCC unroll 4
       for (int v = 0; v < PLAIN; ++v) {
         float* out = to.out + to.out_strides.at(0, v * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r, out += to.out_strides.pixel) put(out, clamp(sum[r][v]), v);
+        for (int r = 0; r < MR; ++r, out += pixel) put(out, clamp(sum[r][v]), v);
       }
     };
     if (!PAIR && columns == NV * W)
