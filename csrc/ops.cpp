@@ -130,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(depthwise_backward_weight);
   PACKING(pack_panels);
   PACKING(pack_winograd);
+  PACKING(pack_stem_winograd);
   PACKING(pack_taps);
   KERNEL(depthwise_packed);
   KERNEL(pointwise_packed);

@@ -34,7 +34,8 @@ Tensor inverted_residual_packed(Tensor x, OptionalTensor expand_panels, Optional
                                 std::vector<Tensor> squeeze_excite, Tensor project_panels, Tensor project_bias, OptionalTensor residual,
                                 Ints stride, Ints padding, OptionalString expand_activation, OptionalString depthwise_activation,
                                 OptionalString squeeze_activation, OptionalString gate_activation, OptionalString activation);
-Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation);
+Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation,
+                   OptionalTensor winograd);
 
 // Whole networks (program.cpp): by their weights and text, or compiled once and called by number.
 Tensor network(Tensor x, std::vector<Tensor> weights, std::string program);

@@ -22,7 +22,7 @@ namespace fastconv {
 namespace {
 
 // One more when a packed operator's arguments or the order of packed weights in memory change: exported models hold both.
-constexpr const char* PROGRAM_FORMAT = "fastconv 1";
+constexpr const char* PROGRAM_FORMAT = "fastconv 2";
 
 // A step's arguments in the order of its operator's schema: the weights from the program's list, everything else as the step's words.
 class Reader {
@@ -75,7 +75,8 @@ StepPointer make_step(const std::string& op, Reader& r) {
   if (op == "stem_packed") {
     const Tensor panels = r.tensor(), bias = r.tensor();
     const Ints kernel = r.pair(), stride = r.pair(), padding = r.pair();
-    return stem_step(panels, bias, kernel, stride, padding, parse_activation("stem", "activation", r.activation()));
+    const Activation activation = parse_activation("stem", "activation", r.activation());
+    return stem_step(panels, bias, kernel, stride, padding, activation, r.optional_tensor());
   }
   if (op == "pointwise_packed") {
     const Tensor panels = r.tensor(), bias = r.tensor();

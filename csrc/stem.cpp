@@ -12,19 +12,25 @@ bool covers(int64_t in_channels, int64_t kernel_h, int64_t kernel_w, const Ints&
 
 class StemStep : public Step {
  public:
-  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation)
+  StemStep(Tensor panels, Tensor bias, Ints kernel, Ints stride, Ints padding, Activation activation,
+           OptionalTensor winograd = std::nullopt)
       : panels_(std::move(panels)),
         bias_(std::move(bias)),
         kernel_(std::move(kernel)),
         stride_(std::move(stride)),
         padding_(std::move(padding)),
-        activation_(activation) {
+        activation_(activation),
+        winograd_(std::move(winograd)) {
     check_pair(op(), "kernel_size", kernel_, 1);
     check_pair(op(), "stride", stride_, 1);
     check_pair(op(), "padding", padding_, 0);
     check(panels_.dim() == 3, op(), "panels must be (G, KH * KW * Cin, 16), got ", shape_of{panels_});
     in_channels_ = panels_.size(1) / (kernel_[0] * kernel_[1]);
     out_channels_ = check_panels(op(), "panels", panels_, bias_, kernel_[0] * kernel_[1] * in_channels_);
+    if (!winograd_) return;
+    check(in_channels_ == 3 && kernel_[1] == 7 && stride_[1] == 2, op(),
+          "winograd goes with 3 channels, a kernel 7 wide and stride 2, got ", in_channels_, ", ", kernel_[1], " and ", stride_[1]);
+    check_panels(op(), "winograd", *winograd_, bias_, POINTS * kernel_[0] * 6);
   }
   const char* op() const override { return "stem"; }
   Shape output(const Shape& in) const override {
@@ -38,8 +44,8 @@ class StemStep : public Step {
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return kernel_[0] * kernel_[1] * in.c * out.n * out.image(); }
   bool reads_nchw() const override { return true; }
   bool makes_rows() const override { return true; }
-  std::unique_ptr<RowSource> source(const Pixels& x, const Shape& shape, int64_t) const override {
-    return std::make_unique<StemRows>(image(x, {nullptr, shape, 0}), x.shape.image());
+  std::unique_ptr<RowSource> source(const Pixels& x, const Shape& shape, int64_t threads) const override {
+    return std::make_unique<StemRows>(image(x, {nullptr, shape, 0}), x.shape.image(), threads);
   }
   bool reads_blocks() const override { return false; }
   void run(const Pixels& x, const Pixels&, const Target& out, const Parallel& parallel) const override {
@@ -69,20 +75,23 @@ class StemStep : public Step {
             data(panels_),
             {data(bias_), nullptr, 0, activation_},
             out.data,
-            out.strides};
+            out.strides,
+            winograd_ ? data(*winograd_) : nullptr};
   }
 
   Tensor panels_, bias_;
   Ints kernel_, stride_, padding_;
   Activation activation_;
+  OptionalTensor winograd_;
   int64_t in_channels_, out_channels_;
 };
 
 }  // namespace
 
-StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation) {
+StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation,
+                      OptionalTensor winograd) {
   return std::make_unique<StemStep>(std::move(panels), std::move(bias), std::move(kernel_size), std::move(stride), std::move(padding),
-                                    activation);
+                                    activation, std::move(winograd));
 }
 
 Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, OptionalString activation) {
@@ -104,9 +113,10 @@ Tensor stem(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padd
       std::nullopt, Output::like_input);
 }
 
-Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation) {
-  return run_step(StemStep(panels, bias, kernel_size, stride, padding, parse_activation("stem", "activation", activation)), x, std::nullopt,
-                  Output::channels_last);
+Tensor stem_packed(Tensor x, Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, OptionalString activation,
+                   OptionalTensor winograd) {
+  return run_step(StemStep(panels, bias, kernel_size, stride, padding, parse_activation("stem", "activation", activation), winograd), x,
+                  std::nullopt, Output::channels_last);
 }
 
 }  // namespace fastconv

@@ -58,7 +58,8 @@ using StepPointer = std::unique_ptr<Step>;
 Target run_whole(const Step& step, const Pixels& x, Scratch& scratch, const Parallel& parallel);
 
 // The packed operators' arguments; weights are checked here, once.
-StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation);
+StepPointer stem_step(Tensor panels, Tensor bias, Ints kernel_size, Ints stride, Ints padding, Activation activation,
+                      OptionalTensor winograd = std::nullopt);
 StepPointer pointwise_step(Tensor panels, Tensor bias, Activation activation);
 StepPointer depthwise_step(Tensor taps, Tensor bias, Ints stride, Ints padding, Activation activation);
 StepPointer fire_expand_step(Tensor panels1x1, Tensor bias1x1, Tensor panels3x3, Tensor bias3x3);

@@ -247,6 +247,17 @@ Tensor pack_winograd(const Tensor& weight) {
   return panels;
 }
 
+Tensor pack_stem_winograd(const Tensor& weight) {
+  check(weight.dim() == 4 && weight.size(1) == 3 && weight.size(3) == 7 && weight.numel() > 0, "pack_stem_winograd",
+        "weight must be (Cout, 3, KH, 7), got ", shape_of{weight});
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_stem_winograd", "weight must be float32 on the CPU");
+  const Tensor dense = to_contiguous(weight);
+  const int64_t out_channels = weight.size(0), kernel_h = weight.size(2);
+  Tensor panels = floats({panels_for(out_channels), POINTS * kernel_h * 6, PANEL});
+  pack_stem_winograd(data(dense), out_channels, kernel_h, static_cast<float*>(panels.mutable_data_ptr()));
+  return panels;
+}
+
 Tensor pack_taps(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(1) == 1 && weight.numel() > 0, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
   check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");

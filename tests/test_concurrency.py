@@ -58,14 +58,16 @@ def operators():
         "separable": (lambda x: ops.separable(x, dw, bias, pw, bias, stride=2, depthwise_activation="relu6", activation="relu6"), x),
         "inverted_residual": (lambda x: ops.inverted_residual(x, wide, None, wide_dw, None, narrow, bias, residual=True), x),
         "stem": (lambda x: ops.stem(x, stem, bias, activation="relu"), reals(2, 3, 97, 91)),
+        "stem by Winograd": (ops.prepare_stem(stem_7, bias, stride=2, padding=0, activation="relu"), reals(2, 3, 97, 91)),
         "max_pool": (lambda x: ops.max_pool(x, padding=1), reals(3, 96, 61, 59)),
         "global_avg_pool": (ops.global_avg_pool, reals(3, 200, 41, 37)),
     }
 
 
 torch.manual_seed(1)
-weights_5, weights_3, wide, wide_dw, narrow, stem = (
+weights_5, weights_3, wide, wide_dw, narrow, stem, stem_7 = (
     weights(48, 1, 5, 5), weights(48, 48, 3, 3), weights(96, 48, 1, 1), weights(96, 1, 3, 3), weights(48, 96, 1, 1), weights(48, 3, 3, 3),
+    weights(48, 3, 7, 7),
 )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def test_registrations():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda w, p: (w, p.replace("fastconv 1", "fastconv 0")), "network: the program has format 'fastconv 0', this version .* export"),
+        (lambda w, p: (w, p.replace("fastconv 2", "fastconv 0")), "network: the program has format 'fastconv 0', this version .* export"),
         (lambda w, p: (w, ""), "network: the program has format ''"),
         (lambda w, p: (w[:-1], p), f"network: the program wants more than its {len(parts()[0]) - 1} weights"),
         (lambda w, p: ([*w, w[0]], p), f"network: the program takes {len(parts()[0])} weights, got {len(parts()[0]) + 1}"),
@@ -233,10 +233,10 @@ def test_memory_of_another_shape_is_another_program():
     memory = torch.randn(1 * 4 * 16)
     for channels, bias in ((4, 16), (4, 8)):
         panels, zeros = memory.view(1, channels, 16), torch.zeros(16)[:bias]
-        y = torch.ops.fastconv.network(X.new_ones(1, channels, 5, 5), [panels, zeros], "fastconv 1;pointwise_packed 0 -1 none")
+        y = torch.ops.fastconv.network(X.new_ones(1, channels, 5, 5), [panels, zeros], "fastconv 2;pointwise_packed 0 -1 none")
         assert y.shape == (1, bias, 5, 5)
     with pytest.raises(RuntimeError, match="pointwise: "):
-        torch.ops.fastconv.network(X.new_ones(1, 8, 5, 5), [memory.view(1, 4, 16), torch.zeros(8)], "fastconv 1;pointwise_packed 0 -1 none")
+        torch.ops.fastconv.network(X.new_ones(1, 8, 5, 5), [memory.view(1, 4, 16), torch.zeros(8)], "fastconv 2;pointwise_packed 0 -1 none")
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_packed_layouts():
 def packed_calls():
     x, dw, pw, w3 = reals(2, 6, 7, 8), reals(6, 1, 3, 3), reals(4, 6, 1, 1), reals(5, 6, 3, 3)
     pack, taps = torch.ops.fastconv.pack_panels, torch.ops.fastconv.pack_taps
-    square, five = reals(6, 6, 1, 1), reals(6, 1, 5, 5)
+    square, five, seven = reals(6, 6, 1, 1), reals(6, 1, 5, 5), reals(5, 3, 7, 7)
     return {
         "pack_panels": (w3,),
         "pack_taps": (dw,),
@@ -111,12 +111,16 @@ def packed_calls():
             x, pack(square), reals(6), taps(dw), reals(6), [pack(square), reals(6), pack(square), reals(6)], pack(pw), reals(4), None,
             [2, 2], [1, 1], "relu", "relu", "relu", "sigmoid", None,
         ),
-        "stem_packed": (reals(2, 3, 9, 8), pack(reals(5, 3, 7, 7)), reals(5), [7, 7], [2, 2], [3, 3], "relu"),
+        "pack_stem_winograd": (seven,),
+        "stem_packed": (
+            reals(2, 3, 9, 8), pack(seven), reals(5), [7, 7], [2, 2], [3, 3], "relu", torch.ops.fastconv.pack_stem_winograd(seven),
+        ),
     }  # fmt: skip
 
 
 PACKED = (
     "pack_panels",
+    "pack_stem_winograd",
     "pack_taps",
     "depthwise_packed",
     "pointwise_packed",
@@ -155,6 +159,9 @@ def test_packed_operators(name):
         ("inverted_residual_packed", {14: "tanh"}, "inverted_residual: gate_activation must be"),
         ("stem_packed", {0: reals(2, 5, 9, 8)}, r"stem: x must have 3 channels, got \(2, 5, 9, 8\)"),
         ("stem_packed", {0: reals(2, 3, 1, 1), 5: [0, 0]}, "stem: x has no output pixels"),
+        ("stem_packed", {4: [2, 1]}, "stem: winograd goes with 3 channels, a kernel 7 wide and stride 2, got 3, 7 and 1"),
+        ("stem_packed", {7: reals(1, 293, 16)}, "stem: winograd must be"),
+        ("pack_stem_winograd", {0: reals(5, 3, 7, 5)}, r"pack_stem_winograd: weight must be \(Cout, 3, KH, 7\), got \(5, 3, 7, 5\)"),
     ],
 )
 def test_packed_errors(name, change, message):

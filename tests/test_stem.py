@@ -24,10 +24,21 @@ def expected(x, weight, bias=None, *, stride=2, padding=1, activation=None) -> B
 
 
 def both(x, weight, bias=None, *, stride=2, padding=1, activation=None):
-    """The public operator's output, checked to be the prepared kernel's, too."""
+    """The public operator's output, checked to be the exact prepared kernel's, too."""
     y = ops.stem(x, weight, bias, stride=stride, padding=padding, activation=activation)
-    assert torch.equal(ops.prepare_stem(weight, bias, stride=stride, padding=padding, activation=activation)(x), y)
+    assert torch.equal(ops.prepare_stem(weight, bias, stride=stride, padding=padding, activation=activation, exact=True)(x), y)
     return y
+
+
+def admits_winograd(x, weight, bias=None, *, padding=0, activation=None, stride=(2, 2)):
+    """The prepared kernel without `exact` is within 3e-6 of the largest output; up to 1.1e-6 were seen, and 8e-7 of direct sums."""
+    call = ops.prepare_stem(weight, bias, stride=stride, padding=padding, activation=activation)
+    assert call.kernel.endswith("winograd")
+    y = call(x).double()
+    double = [x.double(), weight.double(), None if bias is None else bias.double()]
+    wanted = reference.stem(*double, stride=stride, padding=padding, activation=activation)
+    error = (y - wanted).abs().max() / reference.stem(*double, stride=stride, padding=padding).abs().max()
+    assert error <= 3e-6, (error, x.shape, weight.shape, padding)
 
 
 @every_isa
@@ -75,6 +86,62 @@ def test_activations(activation):
         lambda x: reference.stem(x, weight.double(), bias.double(), activation=activation),
         x,
     )
+
+
+@every_isa
+@pytest.mark.parametrize(("out_channels", "padding"), [(96, 0), (64, 3)])
+def test_winograd_network_shapes(out_channels, padding):
+    """SqueezeNet 1.0's and ResNet's."""
+    x, weight, bias = reals(2, 3, 224, 224), reals(out_channels, 3, 7, 7), reals(out_channels)
+    admits_winograd(x, weight, bias, padding=padding, activation="relu")
+    admits_winograd(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=padding, activation="relu")
+
+
+@every_isa
+def test_winograd_sizes():
+    """Every remainder of the tiles of four, of their runs and of the vectors; kernels of fewer rows; every padding."""
+    for kernel_h, stride_h, out_channels in ((7, 2, 20), (7, 1, 33), (3, 3, 7), (1, 2, 48)):
+        weight, bias = reals(out_channels, 3, kernel_h, 7), reals(out_channels)
+        for height in (7, 8, 12):
+            for width in (7, 8, 13, 21, 36, 113, 127):
+                for padding in (0, 3, 6):
+                    options = {"padding": (min(padding, kernel_h - 1), padding), "stride": (stride_h, 2)}
+                    admits_winograd(reals(2, 3, height, width), weight, bias, **options)
+
+
+@every_isa
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_winograd_activations(activation):
+    admits_winograd(reals(1, 3, 9, 26), reals(19, 3, 7, 7), reals(19), activation=activation)
+
+
+@every_isa
+def test_winograd_keeps_bits_nonfinite_values_and_overflow():
+    weight, bias = reals(18, 3, 7, 7), reals(18)
+    call = ops.prepare_stem(weight, bias, stride=2, padding=3, activation="relu")
+    check_same_bits(call, reals(3, 3, 61, 45))
+    check_nonfinite(call, lambda x: reference.stem(x, weight.double(), bias.double(), padding=3, activation="relu"), reals(2, 3, 19, 23))
+    huge = reals(1, 3, 32, 20)
+    huge[0, :, 15, 5] = 3e37  # its transforms would overflow, its direct sums do not
+    exact = ops.stem(huge, weight, bias, padding=3, activation="relu")
+    assert torch.equal(call(huge)[..., 6:10, :], exact[..., 6:10, :])  # the output rows that see it
+    assert not torch.equal(call(huge)[..., :6, :], exact[..., :6, :])
+
+
+def test_winograd_is_left_to_what_it_suits():
+    def kernel(*shape, scale=1.0, **options):
+        return ops.prepare_stem(reals(*shape) * scale, None, **{"stride": 2, "padding": 0, "activation": None} | options).kernel
+
+    assert kernel(8, 3, 7, 7).endswith("winograd")
+    for other in (
+        kernel(8, 3, 7, 7, exact=True),
+        kernel(8, 3, 7, 7, stride=1),
+        kernel(8, 4, 7, 7),
+        kernel(8, 3, 7, 5),
+        kernel(8, 3, 7, 7, scale=1e3),
+        kernel(8, 3, 7, 7, scale=float("inf")),
+    ):
+        assert not other.endswith("winograd")
 
 
 @every_isa

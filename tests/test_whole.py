@@ -215,4 +215,4 @@ def test_an_unknown_program_is_an_error():
     with pytest.raises(RuntimeError, match="program: no program 123456789"):
         torch.ops.fastconv.program_run(torch.randn(1, 3, 8, 8), 123456789)
     with pytest.raises(RuntimeError, match="network: no operator cosine in a program"):
-        torch.ops.fastconv.program_new([], "fastconv 1;cosine 0 -1")
+        torch.ops.fastconv.program_new([], "fastconv 2;cosine 0 -1")

@@ -35,6 +35,10 @@ def pack_winograd(weight):
     return weight.new_empty((-(-out_channels // PANEL), 36 * in_channels, PANEL))
 
 
+def pack_stem_winograd(weight):
+    return weight.new_empty((-(-weight.shape[0] // PANEL), 42 * weight.shape[2], PANEL))
+
+
 def pack_taps(weight):
     return weight.new_empty((weight.shape[2] * weight.shape[3], weight.shape[0]))
 
@@ -62,7 +66,7 @@ def inverted_residual_packed(
     return _window("inverted_residual", x, project_bias, _kernel_size(taps), stride, padding)
 
 
-def stem_packed(x, panels, bias, kernel_size, stride, padding, activation):
+def stem_packed(x, panels, bias, kernel_size, stride, padding, activation, winograd=None):
     return _window("stem", x, bias, kernel_size, stride, padding)
 
 
@@ -75,7 +79,7 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
+        pack_panels, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
         inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

@@ -145,3 +145,11 @@ def pack_depthwise(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
 def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
+
+
+def suits_winograd(weight: Tensor) -> bool:
+    """Whether Winograd's sums stay finite for every input that the kernel gives it, all below 1e30.
+
+    Its transforms enlarge inputs by up to 100 and outputs by up to 361, and they would make NaN of a weight's infinity.
+    """
+    return bool(weight.abs().sum((1, 2, 3)).max() < 1e3)

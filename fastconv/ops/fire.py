@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, operator, pack
+from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, operator, pack, suits_winograd
 from fastconv.ops._register import overload, register
 
 
@@ -60,14 +60,6 @@ def prepare_fire(
     if not compiled:
         kind = PreparedBlock if label.endswith("triton") else Prepared
         return kind(operator("fire", label), arrange(label, *weights.values()), label)
-    winograd = torch.ops.fastconv.pack_winograd(weight3x3) if not exact and _suits_winograd(weight3x3) else None
+    winograd = torch.ops.fastconv.pack_winograd(weight3x3) if not exact and suits_winograd(weight3x3) else None
     args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3), winograd)
     return Prepared(overload("fire_packed"), args, label if winograd is None else f"{label} winograd")
-
-
-def _suits_winograd(weight: Tensor) -> bool:
-    """Whether Winograd's sums stay finite for every input that the kernel gives it, all below 1e30.
-
-    Its transforms enlarge inputs by up to 100 and outputs by up to 361, and they would make NaN of a weight's infinity.
-    """
-    return bool(weight.abs().sum((1, 2, 3)).max() < 1e3)

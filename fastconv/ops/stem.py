@@ -1,7 +1,8 @@
+import torch
 from torch import Tensor
 
 from fastconv.ops import _checks, _cuda
-from fastconv.ops._prepared import Prepared, arrange, choose, pack
+from fastconv.ops._prepared import Prepared, arrange, choose, pack, suits_winograd
 from fastconv.ops._register import overload, register
 
 _stem = register("stem")
@@ -28,15 +29,20 @@ def stem(
     return _stem(x, weight, bias, stride, padding, activation)
 
 
-def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activation: str | None) -> Prepared:
-    """Binds `stem` to its weights: returns call(x)."""
+def prepare_stem(weight: Tensor, bias: Tensor | None, *, stride, padding, activation: str | None, exact: bool = False) -> Prepared:
+    """Binds `stem` to its weights: returns call(x).
+
+    Unless `exact`, the CPU kernel computes a stem 7 wide of stride 2 over RGB (SqueezeNet 1.0's) by Winograd's F(4, 4) along its rows.
+    """
     stride, padding = _checks.stride_padding("stem", stride, padding)
     compiled, label = choose("stem", "stem_packed", weight=weight, bias=bias, stride=stride, padding=padding)
     if not compiled:
         op = _triton_stem if label.endswith("triton") else overload("stem")
         return Prepared(op, (*arrange(label, weight, bias), stride, padding, activation), label)
-    args = (*pack(weight, bias), tuple(weight.shape[2:]), stride, padding, activation)
-    return Prepared(overload("stem_packed"), args, label)
+    transforms = not exact and weight.shape[1] == 3 and weight.shape[3] == 7 and stride[1] == 2 and suits_winograd(weight)
+    winograd = torch.ops.fastconv.pack_stem_winograd(weight) if transforms else None
+    args = (*pack(weight, bias), tuple(weight.shape[2:]), stride, padding, activation, winograd)
+    return Prepared(overload("stem_packed"), args, label if winograd is None else f"{label} winograd")
 
 
 def _triton_stem(x: Tensor, *args) -> Tensor:

@@ -202,7 +202,7 @@ class Kernel:
             return Conv2d(*self.layers[0].folded(), self.layers[0])
         weights = [tensor for layer in self.layers for tensor in (layer.folded() if layer else (None, None))]
         options = dict(self.options)
-        if self.op == "fire":
+        if self.op in ("fire", "stem"):
             options["exact"] = exact
         if self.squeeze_excite:
             reduce, expand, gate = self.squeeze_excite

@@ -126,16 +126,27 @@ void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, co
   });
 }
 
-void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel) {
+namespace {
+
+void stem_rows(const Stem& op, Range rows, StemRing& ring) {
   const Kernels& k = kernels();
+  float* const scratch = tile_scratch.floats(op.scratch_floats());
+  if (!op.winograd) return k.stem(op, rows, scratch);
+  ring.data = stem_scratch.floats(k.stem_ring_floats(op));
+  k.stem_winograd(op, rows, ring, scratch);
+}
+
+}  // namespace
+
+void run_stem(const Stem& image, int64_t batch, int64_t image_stride, const Parallel& parallel) {
   const int64_t each = image.out_width * image.out_channels * image.kernel_h * image.kernel_w * image.in_channels;
   split(parallel, batch * image.out_height, each, [&](Range rows) {
-    float* buffer = private_scratch.floats(image.scratch_floats());
+    StemRing ring;
     for_each_image(rows, image.out_height, [&](int64_t n, Range part) {
       Stem op = image;
       op.x += n * image_stride;
       op.out += n * image.out_height * image.out_width * image.out_strides.pixel;
-      k.stem(op, part, buffer);
+      stem_rows(op, part, ring);
     });
   });
 }
@@ -162,12 +173,12 @@ struct alignas(64) Ring {
 
 }  // namespace
 
-void StemRows::rows(int64_t image, Range rows, float* to, Strides strides, int64_t) const {
+void StemRows::rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const {
   Stem op = image_;
   op.x += image * image_stride_;
   op.out = to - rows.begin * op.out_width * strides.pixel;
   op.out_strides = strides;
-  kernels().stem(op, rows, tile_scratch.floats(op.scratch_floats()));
+  stem_rows(op, rows, rings_[worker]);
 }
 
 void run_max_pool(const MaxPool& image, int64_t batch, int64_t out_height, const RowSource* source, const Parallel& parallel) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel.h"
@@ -62,12 +63,13 @@ class RowSource {
 
 class StemRows : public RowSource {
  public:
-  StemRows(const Stem& image, int64_t image_stride) : image_(image), image_stride_(image_stride) {}
+  StemRows(const Stem& image, int64_t image_stride, int64_t threads) : image_(image), image_stride_(image_stride), rings_(threads) {}
   void rows(int64_t image, Range rows, float* to, Strides strides, int64_t worker) const override;
 
  private:
   Stem image_;  // its `out` is not used
   int64_t image_stride_;
+  mutable std::vector<StemRing> rings_;  // one a worker
 };
 
 struct InvertedResidual {

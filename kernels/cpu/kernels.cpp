@@ -5,7 +5,7 @@
 #include "kernels/cpu/peak.h"
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
-#include "kernels/cpu/stem.h"
+#include "kernels/cpu/stem_winograd.h"
 #include "kernels/cpu/winograd_gradient.h"
 
 #define FASTCONV_STRING_(x) #x
@@ -53,6 +53,8 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       WINOGRAD_SUMS,
                       all_moderate,
                       stem,
+                      stem_winograd,
+                      stem_ring_floats,
                       depthwise,
                       max_pool,
                       sum_pixels,

@@ -21,6 +21,7 @@ constexpr int64_t PANEL = 16;  // output channels in a panel, on every ISA
 FASTCONV_SHARED constexpr inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTCONV_SHARED constexpr inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
 
+constexpr int POINTS = 7;              // of a stem's Winograd, F(4, 4)
 constexpr int64_t PAIRED = PANEL / 2;  // most channels of a paired panel
 FASTCONV_SHARED constexpr inline bool last_panel_is_paired(int64_t channels) { return channels % PANEL != 0 && channels % PANEL <= PAIRED; }
 
@@ -104,11 +105,27 @@ struct Stem {
   Epilogue epilogue;
   float* out;
   Strides out_strides;
+  const float* winograd = nullptr;  // pack_stem_winograd's panels, or none; of three channels, 7 wide, stride 2
   FASTCONV_SHARED int64_t scratch_floats() const { return kernel_h * in_channels * buffer_width(); }
   // Of a row of the buffer, whose columns begin so far in that the image's rows are copied in aligned vectors.
   FASTCONV_SHARED int64_t buffer_width() const { return ceil_div(margin() + columns(), PANEL) * PANEL; }
   FASTCONV_SHARED int64_t margin() const { return ceil_div(pad_w, PANEL) * PANEL - pad_w; }
   FASTCONV_SHARED int64_t columns() const { return (out_width - 1) * stride_w + kernel_w; }
+};
+
+// Where a thread's transformed rows of a stem's image stand: its rows [first, next), the last SLOTS of them.
+struct alignas(64) StemRing {
+  static constexpr int64_t SLOTS = 8;  // rows of a kernel, and a power of two
+  float* data = nullptr;
+  const float* image = nullptr;
+  int64_t first = 0, next = 0;
+  bool moderate[SLOTS] = {};
+  FASTCONV_SHARED static int64_t slot(int64_t row) { return row & (SLOTS - 1); }
+  // Who goes on below the last rows of the same image need not transform again what is there.
+  FASTCONV_SHARED void seek(const float* x, int64_t row) {
+    if (image != x || row < first || row < next - SLOTS || row > next) first = next = row;
+    image = x;
+  }
 };
 
 // Depthwise KxK, K = 3 or 5, stride_w = 1 or 2. Row h of the input is x + (h % ring_rows) * x_row_stride: a whole image has
@@ -231,6 +248,8 @@ struct Kernels {
   int64_t winograd_sums;
   bool (*all_moderate)(const float* x, int64_t count);  // finite and below 1e30: what Winograd may be given
   void (*stem)(const Stem&, Range rows, float* scratch);
+  void (*stem_winograd)(const Stem&, Range rows, StemRing& ring, float* scratch);
+  int64_t (*stem_ring_floats)(const Stem&);
   void (*depthwise)(const Depthwise&, Range rows, Range channels);  // out points at row rows.begin
   void (*max_pool)(const MaxPool&, Range rows);
   // x points at the first channel of a block, sums and scales at that channel's.

@@ -35,6 +35,24 @@ FASTCONV_INLINE void copy_row(const float* from, int64_t count, float* to) {
   for (; j < count; j += W) store_up_to(to + j, load_up_to(from + j, count - j), count - j);
 }
 
+// Input row ih, a row of `width` floats a channel: its columns at [first, last), zeros before and from there to `end`.
+FASTCONV_INLINE void fill_image_row(const Stem& op, int64_t ih, float* rows, int64_t width, int64_t first, int64_t last, int64_t end) {
+  const int64_t C = op.in_channels;
+  const float* const source = op.x + ih * op.row_stride;
+  const bool rgb = C == 3 && op.pixel_stride == 3 && op.channel_stride == 1;
+  if (rgb) part_rgb(source, last - first, rows + first, width);
+  for (int64_t c = 0; c < C; ++c) {
+    float* const row = rows + c * width;
+    const float* const from = source + c * op.channel_stride;
+    for (int64_t j = 0; j < first; ++j) row[j] = 0.0f;
+    if (op.pixel_stride == 1)
+      copy_row(from, last - first, row + first);
+    else if (!rgb)
+      for (int64_t j = first; j < last; ++j) row[j] = from[(j - first) * op.pixel_stride];
+    for (int64_t j = last; j < end; ++j) row[j] = 0.0f;
+  }
+}
+
 inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
   const int64_t width = op.buffer_width(), columns = op.columns(), C = op.in_channels;
   // Buffer column j is input column j - pad_w.
@@ -43,23 +61,10 @@ inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
   for (int64_t kh = 0; kh < op.kernel_h; ++kh) {
     const int64_t ih = oh * op.stride_h - op.pad_h + kh;
     float* const rows = buffer + kh * C * width + op.margin();
-    if (ih < 0 || ih >= op.height || last == first) {  // an image of no columns has no address either
+    if (ih < 0 || ih >= op.height || last == first)  // an image of no columns has no address either
       std::memset(rows - op.margin(), 0, C * width * sizeof(float));
-      continue;
-    }
-    const float* const source = op.x + ih * op.row_stride;
-    const bool rgb = C == 3 && op.pixel_stride == 3 && op.channel_stride == 1;
-    if (rgb) part_rgb(source, last - first, rows + first, width);
-    for (int64_t c = 0; c < C; ++c) {
-      float* const row = rows + c * width;
-      const float* const from = source + c * op.channel_stride;
-      for (int64_t j = 0; j < first; ++j) row[j] = 0.0f;
-      if (op.pixel_stride == 1)
-        copy_row(from, last - first, row + first);
-      else if (!rgb)
-        for (int64_t j = first; j < last; ++j) row[j] = from[(j - first) * op.pixel_stride];
-      for (int64_t j = last; j < columns; ++j) row[j] = 0.0f;
-    }
+    else
+      fill_image_row(op, ih, rows, width, first, last, columns);
   }
 }
 

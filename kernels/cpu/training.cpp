@@ -277,7 +277,7 @@ void run_product_backward(const ProductBackward& op, const Parallel& parallel) {
 void run_stem_pool_backward(const StemPoolBackward& op, const Parallel& parallel) {
   const Kernels& k = kernels();
   const Stem& stem = op.stem;
-  const StemRows source(stem, op.image_stride);
+  const StemRows source(stem, op.image_stride, parallel.threads());
   const WindowRows windows(op.windows);
   const int64_t outputs = stem.out_channels, inputs = windows.depth(), width = stem.out_width, row = width * outputs;
   // A band's rows and their gradient are two strips; a row that two bands read is made for both.

@@ -128,8 +128,14 @@ void check_pointwise(int64_t pixels, int64_t in, int64_t out) {
   const auto x_blocks = to_blocks(x, pixels, in), residual_blocks = to_blocks(residual, pixels, out);
   std::vector<float> blocks = empty_blocks(pixels, out);
   const Strides strides = blocked_strides(pixels);
-  kernels().pointwise({x_blocks.data(), strides, in, out, panels.data(), {bias.data(), residual_blocks.data(), strides, Activation::relu6},
-                       blocks.data(), strides},
+  kernels().pointwise({x_blocks.data(),
+                       strides,
+                       in,
+                       out,
+                       panels.data(),
+                       {bias.data(), residual_blocks.data(), strides, Activation::relu6},
+                       blocks.data(),
+                       strides},
                       {0, pixels}, {0, panels_for(out)});
   expect_equal("pointwise, blocked " + s.name(), from_blocks(blocks, pixels, out), wanted);
 }
@@ -157,6 +163,26 @@ void check_conv(const Shape& s) {
   to_blocked.out_strides = blocked_strides(pixels);
   kernels().stem(to_blocked, {0, s.out_h()}, scratch.data());
   expect_equal("stem, blocked " + s.name(), from_blocks(blocks, pixels, s.out), wanted);
+}
+
+// A stem by Winograd, its rows in an order that makes the ring go back, and skip. Weights of multiples of 45 make every sum exact.
+void check_stem_ring() {
+  const Shape s{3, 61, 40, 20, 7, 2, 3};
+  auto x = integers(s.h * s.w * s.c), weight = integers(s.out * s.c * 49), bias = integers(s.out);
+  for (float& w : weight) w *= 45.0f / 1024;  // small enough for sums between relu6's bounds
+  const std::vector<float> panels = panels_of(weight, s), wanted = convolve(s, false, x, weight, bias);
+  std::vector<float> y(wanted.size(), SENTINEL), winograd(panels_for(s.out) * POINTS * 42 * PANEL);
+  pack_stem_winograd(weight.data(), s.out, 7, winograd.data());
+  const Stem stem{x.data(), 1,        s.w * s.c,      s.c,       s.h,           s.w,
+                  s.c,      s.out,    s.out_h(),      s.out_w(), s.kernel,      s.kernel,
+                  s.stride, s.stride, s.pad,          s.pad,     panels.data(), {bias.data(), nullptr, 0, Activation::relu6},
+                  y.data(), s.out,    winograd.data()};
+  std::vector<float> memory(kernels().stem_ring_floats(stem)), scratch(stem.scratch_floats());
+  StemRing ring;
+  ring.data = memory.data();
+  for (const Range rows : {Range{0, 20}, {4, 6}, {19, 31}, {10, 12}, {30, 31}, {0, 1}, {17, 18}, {1, 3}})
+    kernels().stem_winograd(stem, rows, ring, scratch.data());
+  expect_equal("stem by Winograd", y, wanted);
 }
 
 // 3x3, stride 1, padding 1, in a buffer with its zero border up to whole tiles: Winograd and the direct sum.
@@ -203,9 +229,10 @@ void check_depthwise(const Shape& s) {
   const int64_t pixels = s.h * s.w, out_pixels = s.out_h() * s.out_w();
   const auto x_blocks = to_blocks(x, pixels, s.c);
   std::vector<float> blocks = empty_blocks(out_pixels, s.c);
-  kernels().depthwise({x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad,
-                       s.pad, taps.data(), bias.data(), Activation::relu6, blocks.data(), blocked_strides(out_pixels), s.out_w() * PANEL},
-                      {0, s.out_h()}, {0, s.c});
+  kernels().depthwise(
+      {x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.kernel, s.stride, s.stride, s.pad, s.pad,
+       taps.data(), bias.data(), Activation::relu6, blocks.data(), blocked_strides(out_pixels), s.out_w() * PANEL},
+      {0, s.out_h()}, {0, s.c});
   expect_equal("depthwise, blocked " + s.name(), from_blocks(blocks, out_pixels, s.c), wanted);
 }
 
@@ -238,8 +265,8 @@ void check_max_pool(const Shape& s) {
                      {0, s.out_h()});
   same("max_pool ", y);
   const auto x_blocks = to_blocks(x, pixels, s.c);
-  kernels().max_pool({x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.stride, s.stride, s.pad, s.pad,
-                      blocks.data(), blocked_strides(out_pixels)},
+  kernels().max_pool({x_blocks.data(), blocked_strides(pixels), s.w * PANEL, s.h, s.h, s.w, s.c, s.out_w(), s.stride, s.stride, s.pad,
+                      s.pad, blocks.data(), blocked_strides(out_pixels)},
                      {0, s.out_h()});
   same("max_pool, blocked ", from_blocks(blocks, out_pixels, s.c));
 }
@@ -268,6 +295,7 @@ int main() {
     for (const int64_t c : channels)
       for (const int64_t out : {1, 16, 24, 40, 64})
         for (const int64_t size : {1, 4, 7, 13}) check_padded({c, size, size + 2, out, 3, 1, 1});
+    check_stem_ring();
     std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
   }
   return 0;
