@@ -1,7 +1,8 @@
 // A whole network as one call: the steps of a plan by one team of threads, with their intermediate results in an arena.
 //
-// Images go through the network in small groups, one thread each, so that intermediate results stay in the caches whatever the batch;
-// images that are left over, or a batch smaller than the team, are split among the threads layer by layer.
+// Images go through the network in small groups, one thread each, so that intermediate results stay in the caches whatever the batch. Where
+// images have become small the groups grow, and more of them share what is read of the weights. Images that are left over, or a batch
+// smaller than the team, are split among the threads layer by layer.
 //
 // Memory that a call leaves behind waits for the next one, so that steady state allocates nothing: glibc gives large blocks back to the
 // system and takes them again, one page fault per 4 KiB (SqueezeNet 1.1's stem alone: 0.5 ms with its pages, 5.3 ms without).
@@ -147,24 +148,18 @@ class Program {
     check(!flat || last.h * last.w == 1, "program", "only an output of one pixel can be flat, got ", last);
     Tensor result = flat ? floats({batch, last.c}) : fastconv::empty({batch, last.c, last.h, last.w}, MemoryFormat::ChannelsLast);
     advise_huge_pages(reinterpret_cast<uintptr_t>(result.mutable_data_ptr()), result.numel() * sizeof(float));
-    float* const out = static_cast<float*>(result.mutable_data_ptr());
+    const Pixels images{image.data, shape_like(x), x.size(1), direct};
+    const Target results{static_cast<float*>(result.mutable_data_ptr()), {batch, last.c, last.h, last.w}, last.c};
     Lease arenas(*this);
     in_parallel(batch * layout.multiply_adds, [&](const Parallel& parallel) {
-      const int64_t threads = parallel.threads();
-      const int64_t whole = batch - batch % threads;
-      const int64_t group = std::clamp<int64_t>(GROUP_FLOATS / layout.most_floats, 1, std::max<int64_t>(1, whole / (4 * threads)));
-      arenas.resize(threads);
-      if (whole > 0) {
-        std::vector<Clock> clocks(clock ? threads : 0, Clock(steps_.size()));
-        parallel.pieces(whole, ceil_div(whole, group), [&](Range images, int64_t worker) {
-          for (int64_t n = images.begin; n < images.end; n += group)
-            run_images(layout, image.data, direct, {n, std::min(n + group, images.end)}, out, arenas[worker], Parallel{},
-                       clock ? &clocks[worker] : nullptr);
-        });
-        for (const Clock& each : clocks)
-          for (size_t i = 0; i < steps_.size(); ++i) (*clock)[i] += each[i] / threads;
+      const int64_t threads = parallel.threads(), whole = batch - batch % threads;
+      arenas.resize(threads + 2);
+      for (int64_t n = 0, end = 0; n < whole; n = end) {
+        end = std::min(n + MOST_IMAGES * threads, whole);
+        run_phases(layout, part(images, {n, end}), part(results, {n, end}), arenas, parallel, clock);
       }
-      for (int64_t n = whole; n < batch; ++n) run_images(layout, image.data, direct, {n, n + 1}, out, arenas[0], parallel, clock);
+      for (int64_t n = whole; n < batch; ++n)
+        run_steps(layout, {0, count()}, part(images, {n, n + 1}), part(results, {n, n + 1}), arenas[0], parallel, clock);
     });
     return result;
   }
@@ -185,17 +180,23 @@ class Program {
  private:
   // A group's largest intermediate result, in and out, should stay in a core's share of L3 (4 MiB).
   static constexpr int64_t GROUP_FLOATS = 1024 * 1024;
+  // Images that a thread has in hand, and groups of small ones: 4 keep two pieces a thread, for one that is held up.
+  static constexpr int64_t MOST_IMAGES = 8, MOST_SMALL = 4;
+  // What makes images small: floats of one that the first such step reads, and that any later one reads and writes.
+  static constexpr int64_t SMALL_INPUT = 40 * 1024, SMALL_STEP = 80 * 1024, VECTOR_STEP = 4 * 1024;
 
   struct Placed {
     StepPointer step;
     int64_t x, residual, output;  // values; slots of the arena once place() has run
     bool writes_blocks = false;   // and who reads it takes them
+    bool alone = false;           // of what steps before it made, `x` is all that it and later ones read
   };
 
   // The sizes of one image's way through the network.
   struct Layout {
     std::vector<Shape> shapes;  // of the input, then of every step's output
     int64_t most_floats = 1, multiply_adds = 0;
+    int64_t small, vectors;  // the steps from which on images are small, and no more than vectors
   };
 
   // Steps whose output only the next one reads become one with it, where that can use rows as they are made.
@@ -226,6 +227,13 @@ class Program {
     for (size_t i = 0; i < steps_.size(); ++i)
       for (const int64_t value : {steps_[i].x, steps_[i].residual})
         if (value >= 0) last[value] = i;
+    std::vector<size_t> maker(values_, 0);  // one more than the step that makes a value
+    for (size_t i = 0; i < steps_.size(); ++i) maker[steps_[i].output] = i + 1;
+    for (size_t i = 0; i < steps_.size(); ++i)
+      steps_[i].alone = std::all_of(steps_.begin() + i, steps_.end(), [&](const Placed& later) {
+        const auto known = [&](int64_t value) { return value < 0 || value == steps_[i].x || maker[value] > i; };
+        return known(later.x) && known(later.residual);
+      });
     for (Placed& made : steps_)
       made.writes_blocks = &made != &steps_.back() && made.step->writes_blocks() &&
                            std::all_of(steps_.begin(), steps_.end(),
@@ -240,7 +248,7 @@ class Program {
       if (x != 0 && last[x] == i) free.push_back(slots[x]);
       if (residual > 0 && residual != x && last[residual] == i) free.push_back(slots[residual]);
       if (last[output] <= i) free.push_back(slots[output]);  // nobody reads it
-      step = {std::move(step.step), slots[x], residual < 0 ? residual : slots[residual], slots[output], step.writes_blocks};
+      step = {std::move(step.step), slots[x], residual < 0 ? residual : slots[residual], slots[output], step.writes_blocks, step.alone};
     }
   }
 
@@ -248,6 +256,7 @@ class Program {
     Layout layout;
     layout.shapes.push_back(x);
     std::vector<Shape> at(slots_, x);
+    std::vector<int64_t> reads, floats;  // of one image: what each step reads, and that and what it writes
     for (const Placed& placed : steps_) {
       const Shape in = at[placed.x], out = placed.step->output(in);
       if (placed.residual >= 0) {
@@ -256,10 +265,19 @@ class Program {
               "residual must have the output's shape ", out, ", got ", added);
       }
       layout.shapes.push_back(out);
-      layout.most_floats = std::max(layout.most_floats, in.image() + out.image());
+      reads.push_back(in.image());
+      floats.push_back(in.image() + out.image());
       layout.multiply_adds += placed.step->multiply_adds(in, out);
       at[placed.output] = out;
     }
+    layout.small = layout.vectors = count();
+    for (int64_t i = count() - 1, most = 0; i > 0; --i) {
+      most = std::max(most, floats[i]);
+      if (!steps_[i].alone) continue;
+      if (most <= VECTOR_STEP) layout.vectors = i;
+      if (most <= SMALL_STEP && reads[i] <= SMALL_INPUT) layout.small = i;
+    }
+    for (int64_t i = 0; i < layout.small; ++i) layout.most_floats = std::max(layout.most_floats, floats[i]);
     return layout;
   }
 
@@ -279,36 +297,90 @@ class Program {
                        [](const Placed& placed) { return placed.residual != 0 && (placed.x != 0 || placed.step->reads_nchw()); });
   }
 
-  void run_images(const Layout& layout, const float* x, bool nchw, Range images, float* out, Arena& arena, const Parallel& parallel,
-                  Clock* clock) const {
-    const int64_t count = images.size();
-    std::vector<Target> made;  // by every step
-    made.reserve(steps_.size());
-    std::vector<int64_t> floats(slots_, 0), offsets(slots_, 0);
-    for (size_t i = 0; i < steps_.size(); ++i) {
-      Shape shape = layout.shapes[i + 1];
-      shape.n = count;
-      const int64_t pixels = count * shape.h * shape.w;
-      made.push_back({nullptr, shape, steps_[i].writes_blocks ? blocked(pixels) : Strides(shape.c)});
-      int64_t& most = floats[steps_[i].output];
-      if (i + 1 < steps_.size())
-        most = std::max(most, steps_[i].writes_blocks ? blocked_floats(pixels, shape.c) : ceil_div(pixels * shape.c, PANEL) * PANEL);
+  int64_t count() const { return static_cast<int64_t>(steps_.size()); }
+
+  static Pixels part(Pixels images, Range range) {
+    images.data += range.begin * (images.nchw ? images.shape.image() : images.shape.h * images.shape.w * images.strides.pixel);
+    images.shape.n = range.size();
+    return images;
+  }
+  static Target part(Target images, Range range) {
+    images.data += range.begin * images.shape.h * images.shape.w * images.strides.pixel;
+    images.shape.n = range.size();
+    return images;
+  }
+
+  // What a step makes of so many images, and the floats that it takes in an arena.
+  Target made_by(const Layout& layout, int64_t step, int64_t images) const {
+    Shape shape = layout.shapes[step + 1];
+    shape.n = images;
+    return {nullptr, shape, steps_[step].writes_blocks ? blocked(images * shape.h * shape.w) : Strides(shape.c)};
+  }
+  int64_t floats_of(int64_t step, const Target& made) const {
+    const int64_t pixels = made.shape.n * made.shape.h * made.shape.w;
+    return steps_[step].writes_blocks ? blocked_floats(pixels, made.shape.c) : ceil_div(pixels * made.shape.c, PANEL) * PANEL;
+  }
+
+  class Lease;
+  // As many images for every thread: in groups whose results stay in the caches, then in larger ones, and at last all of them in each step.
+  void run_phases(const Layout& layout, const Pixels& x, const Target& out, Lease& arenas, const Parallel& parallel, Clock* clock) const {
+    const int64_t images = x.shape.n, threads = parallel.threads();
+    if (images == 1) return run_steps(layout, {0, count()}, x, out, arenas[0], parallel, clock);
+    const int64_t begins[] = {0, layout.small, layout.vectors, count()};
+    const int64_t groups[] = {std::clamp<int64_t>(GROUP_FLOATS / layout.most_floats, 1, std::max<int64_t>(1, images / (4 * threads))),
+                              std::clamp<int64_t>(images / (2 * threads), 1, MOST_SMALL), images};
+    Pixels from = x;
+    for (int phase = 0; phase < 3; ++phase) {
+      const Range steps{begins[phase], begins[phase + 1]};
+      if (steps.size() == 0) continue;
+      Target to = out;
+      if (steps.end < count()) {
+        to = made_by(layout, steps.end - 1, images);
+        to.data = arenas[threads + phase].floats(floats_of(steps.end - 1, to));
+      }
+      const int64_t group = groups[phase];
+      if (group == images) {
+        run_steps(layout, steps, from, to, arenas[0], parallel, clock);
+      } else {
+        std::vector<Clock> clocks(clock ? threads : 0, Clock(steps_.size()));
+        parallel.pieces(images, ceil_div(images, group), [&](Range piece, int64_t worker) {
+          for (int64_t n = piece.begin; n < piece.end; n += group) {
+            const Range some{n, std::min(n + group, piece.end)};
+            run_steps(layout, steps, part(from, some), part(to, some), arenas[worker], Parallel{}, clock ? &clocks[worker] : nullptr);
+          }
+        });
+        for (const Clock& each : clocks)
+          for (size_t i = 0; i < steps_.size(); ++i) (*clock)[i] += each[i] / threads;
+      }
+      from = {to.data, to.shape, to.strides};
     }
+  }
+
+  // Some steps one after the other; those between the first's input and the last's output have theirs in the arena.
+  void run_steps(const Layout& layout, Range steps, const Pixels& from, const Target& to, Arena& arena, const Parallel& parallel,
+                 Clock* clock) const {
+    std::vector<Target> made;
+    made.reserve(steps.size());
+    std::vector<int64_t> floats(slots_, 0), offsets(slots_, 0);
+    for (int64_t i = steps.begin; i + 1 < steps.end; ++i) {
+      made.push_back(made_by(layout, i, from.shape.n));
+      int64_t& most = floats[steps_[i].output];
+      most = std::max(most, floats_of(i, made.back()));
+    }
+    made.push_back(to);
     int64_t total = 0;
     for (int64_t slot = 1; slot < slots_; total += floats[slot++]) offsets[slot] = total;
     float* const base = arena.floats(total);
     std::vector<Pixels> values(slots_);
-    Shape in = layout.shapes[0];
-    in.n = count;
-    values[0] = {x + images.begin * in.image(), in, in.c, nchw};
-    for (size_t i = 0; i < steps_.size(); ++i) {
+    values[steps_[steps.begin].x] = from;
+    for (int64_t i = steps.begin; i < steps.end; ++i) {
       const Placed& placed = steps_[i];
-      Target& to = made[i];
-      to.data = i + 1 == steps_.size() ? out + images.begin * to.shape.image() : base + offsets[placed.output];
+      Target& target = made[i - steps.begin];
+      if (i + 1 < steps.end) target.data = base + offsets[placed.output];
       const auto start = clock ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
-      placed.step->run(values[placed.x], placed.residual < 0 ? Pixels{} : values[placed.residual], to, parallel);
+      placed.step->run(values[placed.x], placed.residual < 0 ? Pixels{} : values[placed.residual], target, parallel);
       if (clock) (*clock)[i] += std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
-      values[placed.output] = {to.data, to.shape, to.strides};
+      values[placed.output] = {target.data, target.shape, target.strides};
     }
   }
 

@@ -778,7 +778,7 @@ class BlockRows : public RowSource {
 bool worth_chaining(const InvertedResidual& block, int64_t threads) {
   if (block.gates() || Block(block).weight_floats() > L2_WEIGHTS) return false;
   // An expansion makes halos dear: chained on two threads MobileNet V2 and V3-L lost 4%, on one they gained 2% and 5%.
-  return threads == 1 || (!block.expands() && block.out_height >= 28 * threads);
+  return threads == 1 || (!block.expands() && !block.residual_is_source && block.out_height >= 28 * threads);
 }
 bool worth_chaining(int64_t pool_out_height, int64_t threads) { return threads == 1 || pool_out_height >= 14 * threads; }
 
