@@ -46,7 +46,10 @@ def _load() -> str | None:
         return str(error)
     built = getattr(sys.modules["fastconv._C"], "interface", None)
     if built != INTERFACE:
-        return f"it was built from other sources than these (interface {built}, wanted {INTERFACE}): build it again"
+        why = f"it was built from other sources than these (interface {built}, wanted {INTERFACE}): build it again"
+        if hasattr(torch.ops.fastconv, "pointwise"):  # its operators are registered, so ATen's cannot be
+            raise ImportError(f"fastconv: the compiled extension does not fit: {why}")
+        return why
     return None
 
 

@@ -182,3 +182,12 @@ print(fastconv._extension.reason)
     assert done.returncode == 0, done.stderr
     assert "interface None, wanted" in done.stdout
     assert "build it again" in done.stdout
+    registered = """
+import torch
+library = torch.library.Library("fastconv", "DEF")
+library.define("pointwise(Tensor x) -> Tensor")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", registered + code], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fastconv: the compiled extension does not fit: it was built from other sources")
+    assert last.endswith("build it again")

@@ -86,6 +86,45 @@ def test_same_bits_however_rows_and_images_are_split(name, threads):
         assert torch.equal(fast(x[:2].contiguous(memory_format=torch.channels_last)), expected[:2])
 
 
+@pytest.mark.parametrize("name", fastconv.models.list_models())
+@pytest.mark.parametrize("size", [33, 96])
+def test_same_bits_in_groups_of_every_size(name, size, threads):
+    """Of a batch, images go in groups that grow on the way; some are left over."""
+    fast = optimized(name, num_classes=10)
+    x = torch.randn(37, 3, size, size)
+    threads(1)
+    expected = torch.cat([fast(image[None]) for image in x])
+    for number in (1, 2, 3):
+        threads(number)
+        for count in (37, 32, 16, 9, 4, 2):
+            assert torch.equal(fast(x[:count]), expected[:count]), (number, count)
+        assert torch.equal(fast(x[:20].contiguous(memory_format=torch.channels_last)), expected[:20])
+
+
+def test_a_value_that_passes_where_groups_would_grow(threads):
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+            self.narrow, self.wide = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+
+        def forward(self, x):
+            y = self.stem(x).relu()
+            return (self.wide(self.narrow(y).relu()) + y).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Long().eval()
+    fast = fastconv.optimize(model)
+    assert fast.plan.prepare().whole is not None
+    x = torch.randn(16, 3, 104, 106)  # the narrow image is small enough, y is not
+    with torch.inference_mode():
+        expected = torch.cat([fast(image[None]) for image in x])
+        torch.testing.assert_close(expected, model(x))
+        for number in (1, 2, 3):
+            threads(number)
+            assert torch.equal(fast(x), expected)
+
+
 def separable(channels, out_channels):
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
     return [depthwise, nn.ReLU(), nn.Conv2d(channels, out_channels, 1), nn.ReLU()]
