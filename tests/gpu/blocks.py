@@ -291,7 +291,7 @@ class BlockChecks:
         check_stem_pool(dtype, self.device, case, True)
 
     def test_a_stem_and_its_pool_have_the_same_bits_in_one_kernel(self, dtype):
-        """So the form may depend on anything. (The interpreter multiplies by numpy, whose sums depend on a tile's shape: integers there.)"""
+        """So the form may depend on anything. (In the interpreter on integers: sums of numpy's products depend on a tile's shape.)"""
         from fastconv.kernels.gpu.blocks import max_pool
 
         x, weight, bias = (randn(shape, dtype, self.device, len(shape) == 4) for shape in ((2, 3, 35, 30), (24, 3, 3, 3), (24,)))
