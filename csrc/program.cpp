@@ -227,13 +227,10 @@ class Program {
     for (size_t i = 0; i < steps_.size(); ++i)
       for (const int64_t value : {steps_[i].x, steps_[i].residual})
         if (value >= 0) last[value] = i;
-    std::vector<size_t> maker(values_, 0);  // one more than the step that makes a value
-    for (size_t i = 0; i < steps_.size(); ++i) maker[steps_[i].output] = i + 1;
-    for (size_t i = 0; i < steps_.size(); ++i)
-      steps_[i].alone = std::all_of(steps_.begin() + i, steps_.end(), [&](const Placed& later) {
-        const auto known = [&](int64_t value) { return value < 0 || value == steps_[i].x || maker[value] > i; };
-        return known(later.x) && known(later.residual);
-      });
+    for (size_t i = 1; i < steps_.size(); ++i) {
+      const auto done = [&](int64_t value) { return value == steps_[i].x || last[value] < i; };
+      steps_[i].alone = done(0) && std::all_of(steps_.begin(), steps_.begin() + i, [&](const Placed& made) { return done(made.output); });
+    }
     for (Placed& made : steps_)
       made.writes_blocks = &made != &steps_.back() && made.step->writes_blocks() &&
                            std::all_of(steps_.begin(), steps_.end(),

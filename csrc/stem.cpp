@@ -30,7 +30,7 @@ class StemStep : public Step {
     if (!winograd_) return;
     check(in_channels_ == 3 && kernel_[1] == 7 && stride_[1] == 2, op(),
           "winograd goes with 3 channels, a kernel 7 wide and stride 2, got ", in_channels_, ", ", kernel_[1], " and ", stride_[1]);
-    check_panels(op(), "winograd", *winograd_, bias_, POINTS * kernel_[0] * 6);
+    check_panels(op(), "winograd", *winograd_, bias_, STEM_POINTS * kernel_[0] * STEM_PLANES);
   }
   const char* op() const override { return "stem"; }
   Shape output(const Shape& in) const override {

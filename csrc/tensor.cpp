@@ -226,10 +226,14 @@ Tensor zeros(int64_t count) {
   return tensor;
 }
 
+static Tensor dense_weight(const char* op, const Tensor& weight) {
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, op, "weight must be float32 on the CPU");
+  return to_contiguous(weight);
+}
+
 Tensor pack_panels(const Tensor& weight) {
   check(weight.dim() == 4 && weight.numel() > 0, "pack_panels", "weight must be (Cout, Cin, KH, KW), got ", shape_of{weight});
-  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_panels", "weight must be float32 on the CPU");
-  const Tensor dense = to_contiguous(weight);
+  const Tensor dense = dense_weight("pack_panels", weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
   Tensor panels = floats({panels_for(out_channels), taps * in_channels, PANEL});
   pack_panels(data(dense), out_channels, in_channels, taps, static_cast<float*>(panels.mutable_data_ptr()));
@@ -239,8 +243,7 @@ Tensor pack_panels(const Tensor& weight) {
 Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
         "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});
-  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_winograd", "weight must be float32 on the CPU");
-  const Tensor dense = to_contiguous(weight);
+  const Tensor dense = dense_weight("pack_winograd", weight);
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   Tensor panels = floats({panels_for(out_channels), 36 * in_channels, PANEL});
   pack_winograd(data(dense), out_channels, in_channels, static_cast<float*>(panels.mutable_data_ptr()));
@@ -250,18 +253,16 @@ Tensor pack_winograd(const Tensor& weight) {
 Tensor pack_stem_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(1) == 3 && weight.size(3) == 7 && weight.numel() > 0, "pack_stem_winograd",
         "weight must be (Cout, 3, KH, 7), got ", shape_of{weight});
-  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_stem_winograd", "weight must be float32 on the CPU");
-  const Tensor dense = to_contiguous(weight);
+  const Tensor dense = dense_weight("pack_stem_winograd", weight);
   const int64_t out_channels = weight.size(0), kernel_h = weight.size(2);
-  Tensor panels = floats({panels_for(out_channels), POINTS * kernel_h * 6, PANEL});
+  Tensor panels = floats({panels_for(out_channels), STEM_POINTS * kernel_h * STEM_PLANES, PANEL});
   pack_stem_winograd(data(dense), out_channels, kernel_h, static_cast<float*>(panels.mutable_data_ptr()));
   return panels;
 }
 
 Tensor pack_taps(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(1) == 1 && weight.numel() > 0, "pack_taps", "weight must be (C, 1, K, K), got ", shape_of{weight});
-  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Float, "pack_taps", "weight must be float32 on the CPU");
-  const Tensor dense = to_contiguous(weight);
+  const Tensor dense = dense_weight("pack_taps", weight);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
   Tensor packed = floats({taps, channels});
   pack_taps(data(dense), channels, taps, static_cast<float*>(packed.mutable_data_ptr()));

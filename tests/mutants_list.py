@@ -864,7 +864,7 @@ BINDINGS = [
         "program.cpp",
         "tests/test_whole.py -k groups",
         "groups grow over a value that passes",
-        "value == steps_[i].x || maker[value] > i;",
+        "value == steps_[i].x || last[value] < i;",
         "true;",
     ),
     binding(

@@ -150,6 +150,6 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
 def suits_winograd(weight: Tensor) -> bool:
     """Whether Winograd's sums stay finite for every input that the kernel gives it, all below 1e30.
 
-    Its transforms enlarge inputs by up to 100 and outputs by up to 361, and they would make NaN of a weight's infinity.
+    A fire's transforms enlarge inputs by up to 100 and outputs by up to 361, a stem's less, and they would make NaN of a weight's infinity.
     """
     return bool(weight.abs().sum((1, 2, 3)).max() < 1e3)

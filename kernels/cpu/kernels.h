@@ -21,7 +21,9 @@ constexpr int64_t PANEL = 16;  // output channels in a panel, on every ISA
 FASTCONV_SHARED constexpr inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTCONV_SHARED constexpr inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
 
-constexpr int POINTS = 7;              // of a stem's Winograd, F(4, 4)
+// Of a stem's Winograd, F(4, 4): points, and planes of input, one a channel and parity of columns.
+constexpr int STEM_POINTS = 7, STEM_PLANES = 6;
+
 constexpr int64_t PAIRED = PANEL / 2;  // most channels of a paired panel
 FASTCONV_SHARED constexpr inline bool last_panel_is_paired(int64_t channels) { return channels % PANEL != 0 && channels % PANEL <= PAIRED; }
 

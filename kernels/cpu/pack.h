@@ -64,13 +64,13 @@ inline void pack_winograd(const float* weight, int64_t out_channels, int64_t in_
 // (Cout, 3, KH, 7) -> panels (ceil(Cout / 16), 7 * KH * 6, 16) of G g for a stem's Winograd F(4, 4): (point, kh, channel, parity of kw), in
 // double until the last rounding.
 inline void pack_stem_winograd(const float* weight, int64_t out_channels, int64_t kernel_h, float* panels) {
-  constexpr double G[POINTS][4] = {{1.0 / 4, 0, 0, 0},
-                                   {1.0 / 18, 1.0 / 18, 1.0 / 18, 1.0 / 18},
-                                   {1.0 / 6, -1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                   {1.0 / 120, 1.0 / 60, 1.0 / 30, 1.0 / 15},
-                                   {1.0 / 72, -1.0 / 36, 1.0 / 18, -1.0 / 9},
-                                   {32.0 / 45, -16.0 / 45, 8.0 / 45, -4.0 / 45},
-                                   {0, 0, 0, 1.0 / 2}};
+  constexpr double G[STEM_POINTS][4] = {{1.0 / 4, 0, 0, 0},
+                                        {1.0 / 18, 1.0 / 18, 1.0 / 18, 1.0 / 18},
+                                        {1.0 / 6, -1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                        {1.0 / 120, 1.0 / 60, 1.0 / 30, 1.0 / 15},
+                                        {1.0 / 72, -1.0 / 36, 1.0 / 18, -1.0 / 9},
+                                        {32.0 / 45, -16.0 / 45, 8.0 / 45, -4.0 / 45},
+                                        {0, 0, 0, 1.0 / 2}};
   for (int64_t g = 0; g < panels_for(out_channels); ++g)
     for (const auto& point : G)
       for (int64_t kh = 0; kh < kernel_h; ++kh)

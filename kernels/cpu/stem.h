@@ -79,28 +79,20 @@ inline void fetch_rows(const Stem& op, int64_t oh) {
     }
 }
 
-// f(oh) computes row oh from the buffer.
-template <class F>
-FASTCONV_INLINE void for_each_stem_row(const Stem& op, Range rows, float* buffer, F f) {
-  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
-    fill_row_buffer(op, oh, buffer);
-    fetch_rows(op, oh + 1);
-    f(oh);
-  }
-}
-
 // rows_of(MR, x): where tiles of MR pixels read whose first reads from x of the buffer on.
 template <class RowsOf>
 FASTCONV_INLINE void stem_tiles(const Stem& op, Range rows, float* buffer, RowsOf rows_of) {
   const int64_t depth = op.kernel_h * op.kernel_w * op.in_channels;
-  for_each_stem_row(op, rows, buffer, [&](int64_t oh) {
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+    fill_row_buffer(op, oh, buffer);
+    fetch_rows(op, oh + 1);
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
     for_each_chunk<PREFERRED_NV>(
         {0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
           cover<NV, false>(op.out_width, at_column(to, column, columns),
                            [&](auto MR, int64_t first) { return rows_of(MR, buffer + op.margin() + first * op.stride_w); });
         });
-  });
+  }
 }
 
 template <int STEP>

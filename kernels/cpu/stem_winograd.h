@@ -16,9 +16,8 @@
 
 namespace fastconv::FASTCONV_ISA {
 
-constexpr int STEM_PLANES = 6;                   // channel and parity
 constexpr int64_t STEM_RUN = W == 16 ? 14 : 12;  // tiles that stand together, of PANEL lanes
-constexpr int64_t STEM_SUMS = POINTS * STEM_RUN * MAX_NV * W;
+constexpr int64_t STEM_SUMS = STEM_POINTS * STEM_RUN * MAX_NV * W;
 
 // What a row of the image is to the tiles, and where its parts stand. A run of tiles reads PANEL lanes and one more.
 struct StemTiles {
@@ -27,18 +26,9 @@ struct StemTiles {
   int64_t lanes;  // of every eighth column
   FASTCONV_INLINE explicit StemTiles(const Stem& op)
       : tiles(ceil_div(op.out_width, 4)), runs(tiles, STEM_RUN), lanes(ceil_div(tiles - runs.size + PANEL + 1, PANEL) * PANEL) {}
-  FASTCONV_INLINE int64_t row_floats() const { return (runs.longer + runs.shorter) * POINTS * STEM_PLANES * PANEL; }
+  FASTCONV_INLINE int64_t row_floats() const { return runs.number() * STEM_POINTS * STEM_PLANES * PANEL; }
   FASTCONV_INLINE int64_t columns() const { return 8 * lanes; }  // of a channel
   FASTCONV_INLINE int64_t buffer_floats() const { return 2 * 3 * columns(); }
-  // f(run, first tile, tiles)
-  template <class F>
-  FASTCONV_INLINE void for_each_run(F f) const {
-    for (int64_t run = 0, tile = 0; run < runs.longer + runs.shorter; ++run) {
-      const int64_t count = runs.size + (run < runs.longer);
-      f(run, tile, count);
-      tile += count;
-    }
-  }
 };
 
 inline int64_t stem_ring_floats(const Stem& op) {
@@ -47,7 +37,7 @@ inline int64_t stem_ring_floats(const Stem& op) {
 }
 
 // B^T d, from seven inputs of one parity.
-FASTCONV_INLINE void stem_inputs(const vec (&d)[POINTS], vec (&v)[POINTS]) {
+FASTCONV_INLINE void stem_inputs(const vec (&d)[STEM_POINTS], vec (&v)[STEM_POINTS]) {
   v[0] = 4.0f * d[0] + 8.0f * d[1] - 5.0f * d[2] - 10.0f * d[3] + d[4] + 2.0f * d[5];
   v[1] = 4.0f * d[1] + 12.0f * d[2] + 7.0f * d[3] - 3.0f * d[4] - 2.0f * d[5];
   v[2] = 4.0f * d[1] + 4.0f * d[2] - 9.0f * d[3] - d[4] + 2.0f * d[5];
@@ -58,7 +48,7 @@ FASTCONV_INLINE void stem_inputs(const vec (&d)[POINTS], vec (&v)[POINTS]) {
 }
 
 // A^T m, to four outputs.
-FASTCONV_INLINE void stem_outputs(const vec (&m)[POINTS], vec (&y)[4]) {
+FASTCONV_INLINE void stem_outputs(const vec (&m)[STEM_POINTS], vec (&y)[4]) {
   const vec a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
   y[0] = m[0] + a + c + m[5];
   y[1] = b + 2.0f * d - 0.5f * m[5];
@@ -111,18 +101,18 @@ inline bool transform_stem_row(const Stem& op, const StemTiles& t, int64_t ih, f
   if (!all_moderate(buffer, 3 * columns)) return false;
   // All channels before any is read again: loads across what two stores have just written wait for both.
   for (int64_t c = 0; c < 3; ++c) part_by_eight(buffer + c * columns, t.lanes, parts + c * columns, t.lanes);
-  t.for_each_run([&](int64_t run, int64_t tile, int64_t) FASTCONV_LAMBDA_INLINE {
+  t.runs.for_each([&](int64_t run, int64_t tile, int64_t) FASTCONV_LAMBDA_INLINE {
     for (int64_t plane = 0; plane < STEM_PLANES; ++plane)
       for (int64_t lane = 0; lane < PANEL; lane += W) {
         const int64_t parity = plane % 2;
         const float* const x = parts + plane / 2 * columns + parity * t.lanes + tile + lane;
-        vec d[POINTS], v[POINTS];
+        vec d[STEM_POINTS], v[STEM_POINTS];
 #pragma GCC unroll 7
-        for (int i = 0; i < POINTS; ++i) d[i] = load(x + i % 4 * 2 * t.lanes + i / 4);
+        for (int i = 0; i < STEM_POINTS; ++i) d[i] = load(x + i % 4 * 2 * t.lanes + i / 4);
         stem_inputs(d, v);
-        float* const out = to + (run * POINTS * STEM_PLANES + plane) * PANEL + lane;
+        float* const out = to + (run * STEM_POINTS * STEM_PLANES + plane) * PANEL + lane;
 #pragma GCC unroll 7
-        for (int p = 0; p < POINTS; ++p) store(out + p * STEM_PLANES * PANEL, v[p]);
+        for (int p = 0; p < STEM_POINTS; ++p) store(out + p * STEM_PLANES * PANEL, v[p]);
       }
   });
   return true;
@@ -148,9 +138,9 @@ struct StemRun {
 // Four outputs of a row at `out`, or as many as `width` says, of `lanes` channels.
 FASTCONV_INLINE void finish_stem_tile(const float* sums, int64_t plane, vec bias, const Clamp& clamp, Activation activation, float* out,
                                       int64_t pixel, int64_t width, int64_t lanes) {
-  vec m[POINTS], y[4];
+  vec m[STEM_POINTS], y[4];
 #pragma GCC unroll 7
-  for (int p = 0; p < POINTS; ++p) m[p] = load(sums + p * plane);
+  for (int p = 0; p < STEM_POINTS; ++p) m[p] = load(sums + p * plane);
   stem_outputs(m, y);
   if (width >= 4 && lanes >= W && activation <= Activation::relu6) {
 #pragma GCC unroll 4
@@ -164,7 +154,7 @@ FASTCONV_INLINE void finish_stem_tile(const float* sums, int64_t plane, vec bias
 
 // One output row, from transformed rows.
 inline void stem_products(const Stem& op, const StemTiles& t, int64_t oh, const float* const* rows, float* sums) {
-  const int64_t K = op.kernel_h * STEM_PLANES, panel_stride = POINTS * K * PANEL;
+  const int64_t K = op.kernel_h * STEM_PLANES, panel_stride = STEM_POINTS * K * PANEL;
   const Activation activation = op.epilogue.activation;
   const Clamp clamp(activation);
   for_each_chunk<PREFERRED_NV>(
@@ -175,16 +165,13 @@ inline void stem_products(const Stem& op, const StemTiles& t, int64_t oh, const 
         Output to{panels, panel_stride, {no_bias, nullptr, 0, Activation::none}, sums, stride, stride};
         to.panel_step = K * PANEL;
         to.out_step = plane;
-        t.for_each_run([&](int64_t run, int64_t tile, int64_t count) {
-          const Pieces pieces(count, MOST);
-          for (int64_t i = 0, first = 0; i < pieces.longer + pieces.shorter; ++i) {
-            const int64_t size = pieces.size + (i < pieces.longer);
+        t.runs.for_each([&](int64_t run, int64_t tile, int64_t count) {
+          Pieces(count, MOST).for_each([&](int64_t, int64_t first, int64_t size) {
             to.out = sums + first * stride;
             with_constant<MOST>(size, [&](auto MR) {
-              tiles<MR, NV, false>(StemRun<MR>(rows, op.kernel_h, run * POINTS * STEM_PLANES * PANEL + first), POINTS, to);
+              tiles<MR, NV, false>(StemRun<MR>(rows, op.kernel_h, run * STEM_POINTS * STEM_PLANES * PANEL + first), STEM_POINTS, to);
             });
-            first += size;
-          }
+          });
           for (int64_t i = 0; i < count; ++i)
             for (int v = 0; v < NV && v * W < columns; ++v)
               finish_stem_tile(sums + i * stride + v * W, plane, load_up_to(op.epilogue.bias + column + v * W, columns - v * W), clamp,

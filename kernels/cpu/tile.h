@@ -490,6 +490,16 @@ struct Pieces {
       shorter = pieces - longer;
     }
   }
+  FASTCONV_INLINE int64_t number() const { return longer + shorter; }
+  // f(piece, first thing, things)
+  template <class F>
+  FASTCONV_INLINE void for_each(F f) const {
+    for (int64_t piece = 0, first = 0; piece < number(); ++piece) {
+      const int64_t things = size + (piece < longer);
+      f(piece, first, things);
+      first += things;
+    }
+  }
 };
 
 // Calls f with the run-time value n as a compile-time constant, 1 <= n <= MOST.

@@ -113,9 +113,7 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
   const Pieces pieces(tiles.size(), WINOGRAD_TILES);
   for (int64_t column = panels.begin * PANEL; column < end; column += NV * W) {
     const int64_t columns = end - column < NV * W ? end - column : NV * W;
-    int64_t done = 0;
-    for (int64_t piece = 0; piece < pieces.longer + pieces.shorter; ++piece) {
-      const int64_t count = pieces.size + (piece < pieces.longer);
+    pieces.for_each([&](int64_t, int64_t done, int64_t count) {
       with_constant<NV>(ceil_div(columns, W), [&](auto VECTORS) {
         constexpr int MOST = max_rows<VECTORS>() < WINOGRAD_TILES ? max_rows<VECTORS>() : WINOGRAD_TILES;
         Output to{op.panels + column / PANEL * panel_stride,
@@ -140,8 +138,7 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
                       op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
                       op.out_width - ow, columns - c);
       }
-      done += count;
-    }
+    });
   }
 }
 

@@ -171,7 +171,7 @@ void check_stem_ring() {
   auto x = integers(s.h * s.w * s.c), weight = integers(s.out * s.c * 49), bias = integers(s.out);
   for (float& w : weight) w *= 45.0f / 1024;  // small enough for sums between relu6's bounds
   const std::vector<float> panels = panels_of(weight, s), wanted = convolve(s, false, x, weight, bias);
-  std::vector<float> y(wanted.size(), SENTINEL), winograd(panels_for(s.out) * POINTS * 42 * PANEL);
+  std::vector<float> y(wanted.size(), SENTINEL), winograd(panels_for(s.out) * STEM_POINTS * 7 * STEM_PLANES * PANEL);
   pack_stem_winograd(weight.data(), s.out, 7, winograd.data());
   const Stem stem{x.data(), 1,        s.w * s.c,      s.c,       s.h,           s.w,
                   s.c,      s.out,    s.out_h(),      s.out_w(), s.kernel,      s.kernel,

@@ -342,7 +342,7 @@ struct StemOp : Operator {
     layer.pack(at_end);
     if (!transforms) return;
     const int64_t kernel_h = layer.taps / 7;
-    float* panels = winograd_memory.place(panels_for(layer.out) * POINTS * kernel_h * 6 * PANEL, at_end);
+    float* panels = winograd_memory.place(panels_for(layer.out) * STEM_POINTS * kernel_h * STEM_PLANES * PANEL, at_end);
     pack_stem_winograd(layer.weight.data(), layer.out, kernel_h, panels);
     winograd = panels;
   }
