@@ -18,6 +18,7 @@ class PointwiseStep : public Step {
     return {in.n, weights_.out_channels, in.h, in.w};
   }
   int64_t multiply_adds(const Shape& in, const Shape& out) const override { return in.c * out.n * out.image(); }
+  const PackedPointwise* streams(const Shape& in) const override { return in.h * in.w == 1 ? &weights_ : nullptr; }
   void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const override {
     const Epilogue epilogue{weights_.bias, residual.data, residual.strides, weights_.activation};
     run_pointwise({x.data, x.strides, x.shape.c, weights_.out_channels, weights_.panels, epilogue, out.data, out.strides},

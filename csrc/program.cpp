@@ -12,6 +12,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <unordered_map>
@@ -192,10 +193,17 @@ class Program {
     bool alone = false;           // of what steps before it made, `x` is all that it and later ones read
   };
 
+  // Weights of a later matrix-vector product, which products from step `from` on fetch: so many multiply-adds.
+  struct Ahead {
+    const PackedPointwise* weights;
+    int64_t from, work;
+  };
+
   // The sizes of one image's way through the network.
   struct Layout {
     std::vector<Shape> shapes;  // of the input, then of every step's output
     int64_t most_floats = 1, multiply_adds = 0;
+    std::vector<Ahead> ahead;
     int64_t small, vectors;  // the steps from which on images are small, and no more than vectors
   };
 
@@ -253,6 +261,7 @@ class Program {
     Layout layout;
     layout.shapes.push_back(x);
     std::vector<Shape> at(slots_, x);
+    std::vector<int64_t> work;           // multiply-adds of each step that can fetch beside them
     std::vector<int64_t> reads, floats;  // of one image: what each step reads, and that and what it writes
     for (const Placed& placed : steps_) {
       const Shape in = at[placed.x], out = placed.step->output(in);
@@ -264,7 +273,15 @@ class Program {
       layout.shapes.push_back(out);
       reads.push_back(in.image());
       floats.push_back(in.image() + out.image());
-      layout.multiply_adds += placed.step->multiply_adds(in, out);
+      const int64_t multiply_adds = placed.step->multiply_adds(in, out);
+      const PackedPointwise* const streamed = placed.step->streams(in);
+      if (streamed) {  // fetched as late as can be, so that they are still in L2
+        Ahead ahead{streamed, static_cast<int64_t>(work.size()), 0};
+        while (ahead.from > 0 && !fetchable(*streamed, ahead.work)) ahead.work += work[--ahead.from];
+        layout.ahead.push_back(ahead);
+      }
+      work.push_back(streamed ? 0 : multiply_adds);
+      layout.multiply_adds += multiply_adds;
       at[placed.output] = out;
     }
     layout.small = layout.vectors = count();
@@ -368,12 +385,19 @@ class Program {
     int64_t total = 0;
     for (int64_t slot = 1; slot < slots_; total += floats[slot++]) offsets[slot] = total;
     float* const base = arena.floats(total);
+    Stream own;  // where there is no team, whose threads have theirs
+    std::optional<Fetching> fetching;
+    if (!parallel.team) fetching.emplace(own);
+    const bool one_image = from.shape.n == 1 && steps.size() == count();  // a group's images share what they read
     std::vector<Pixels> values(slots_);
     values[steps_[steps.begin].x] = from;
     for (int64_t i = steps.begin; i < steps.end; ++i) {
       const Placed& placed = steps_[i];
       Target& target = made[i - steps.begin];
       if (i + 1 < steps.end) target.data = base + offsets[placed.output];
+      if (one_image)
+        for (const Ahead& ahead : layout.ahead)
+          if (ahead.from == i) fetch_ahead(*ahead.weights, ahead.work, false, parallel);
       const auto start = clock ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
       placed.step->run(values[placed.x], placed.residual < 0 ? Pixels{} : values[placed.residual], target, parallel);
       if (clock) (*clock)[i] += std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();

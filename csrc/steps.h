@@ -49,6 +49,8 @@ class Step {
   virtual bool makes_rows() const { return false; }
   virtual int64_t weights() const { return 0; }  // floats, of the whole chain
   virtual int length() const { return 1; }       // steps of the chain
+  // Of a matrix-vector product, which waits for its weights; or null.
+  virtual const PackedPointwise* streams(const Shape& in) const { return nullptr; }
   // residual: of the output's shape, its data null where there is none.
   virtual void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const = 0;
 };

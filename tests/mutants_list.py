@@ -637,6 +637,10 @@ BLOCKS = [
         "end = (t + 1) * pieces / threads_ - (t > 0 ? 1 : 0);\n",
     ),
     core("parallel.h", "check_team", "a stolen piece run twice", "other.end.fetch_sub(1) - 1, worker)", "other.end.fetch_sub(1), worker)"),
+    core("parallel.h", "check_team", "a thread fetches another's share", "weights.part({worker, worker + 1}, threads())", "weights.part({0, 1}, threads())"),
+    core("parallel.h", "check_team", "a stream that outlives its team", "~Fetching() { stream = before_; }", "~Fetching() {}"),
+    core("kernels.h", "check_team", "an urgent range waits", "for (; urgent && at > 0; --at)", "for (; !urgent && at > 0; --at)"),
+    core("kernels.h", "check_team", "a range fetched past its end", "floats < first.size() ? first.begin + floats : first.end", "first.begin + floats"),
     core("parallel.h", "check_team", "a failure forgotten", "if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));", ""),
     core(
         "parallel.h",

@@ -255,3 +255,41 @@ def test_an_unknown_program_is_an_error():
         torch.ops.fastconv.program_run(torch.randn(1, 3, 8, 8), 123456789)
     with pytest.raises(RuntimeError, match="network: no operator cosine in a program"):
         torch.ops.fastconv.program_new([], "fastconv 2;cosine 0 -1")
+
+
+def places(fast):
+    """(address, bytes) of each packed tensor, in the order of the steps."""
+    calls = [call for call, _, _ in fast.plan.prepare().steps]
+    return [(tensor.data_ptr(), tensor.nbytes) for call in calls for tensor in getattr(call, "tensors", ())]
+
+
+def test_weights_stand_one_after_the_other():
+    fast = optimized("mobilenet_v3_small")
+    found = places(fast)
+    assert found[0][0] % (1 << 21) == 0, "on a huge page's boundary"
+    assert sum(size for _, size in found) > 1 << 21
+    for (address, size), (following, _) in zip(found, found[1:]):
+        assert following % 64 == 0
+        assert 0 <= following - (address + size) < 64
+
+
+def test_a_changed_layer_moves_alone():
+    fast = optimized("mobilenet_v3_large")
+    before = places(fast)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        fast(x)
+    with torch.no_grad():
+        next(parameter for name, parameter in fast.named_parameters() if name.startswith("features.5.") and parameter.dim() == 4).mul_(2)
+    after = places(fast)
+    moved = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    assert 0 < len(moved) < 20
+    with torch.inference_mode():
+        assert torch.equal(fast(x), by_steps(fast)(x))
+
+
+def test_a_copied_weight_leaves_its_neighbours():
+    fast = optimized("squeezenet1_1")
+    for call, _, _ in fast.plan.prepare().steps:
+        for tensor in getattr(call, "tensors", ()):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes

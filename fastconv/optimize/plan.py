@@ -18,6 +18,7 @@ from fastconv import _extension
 from fastconv.optimize.gpu import join, joined
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
+from fastconv.optimize.memory import gather
 from fastconv.optimize.trace import Untraceable, hooked, trace
 from fastconv.optimize.traced import exporting, snapshot
 from fastconv.optimize.whole import Direct, Whole, whole
@@ -380,13 +381,16 @@ class Plan:
             return Ready(program, watch, None)
         like = next(iter(watch.tensors), None)
         changed = old.watch.changed(watch) if old and old.steps else None
-        steps = []
+        steps, fresh = [], []
         for i, (call, reads, write) in enumerate(program.steps):
             if isinstance(call, Kernel):
                 keep = changed is not None and not any(source.place() in changed for source in call.sources())
                 keep = keep and not joined(old.steps[i][0])  # which holds its neighbour's weights
                 call = old.steps[i][0] if keep else call.prepare(like, self.exact)
+                if not keep:
+                    fresh.append(call)
             steps.append((call, reads, write))
+        gather(fresh)
         if program.graph is not None:
             calls = join(program.graph, [call for call, _, _ in steps])
             steps = [(call, reads, write) for call, (_, reads, write) in zip(calls, steps)]

@@ -1,7 +1,5 @@
 #include "kernels/cpu/blocks.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -23,11 +21,6 @@ constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
 constexpr int64_t L1_FLOATS = 7 * 1024;
 // Of the depthwise rows of a block that goes depth first (384 KiB), and in so many steps at most.
 constexpr int64_t BAND_FLOATS = 96 * 1024, MOST_STEPS = 16;
-// Of this machine; a MiB where it is not told.
-int64_t l2_floats() {
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return (bytes > 0 ? bytes : 1024 * 1024) / static_cast<int64_t>(sizeof(float));
-}
 
 // Pieces of `count` things whose work is `each` multiply-adds: f(range).
 template <class F>
@@ -96,6 +89,12 @@ Pointwise product(const PackedPointwise& weights, const float* x, Strides x_stri
 }
 
 }  // namespace
+
+void fetch_ahead(const PackedPointwise& weights, int64_t work, bool urgent, const Parallel& parallel) {
+  if (!fetchable(weights, work)) return;
+  const int64_t steps = std::max<int64_t>(work / kernels().step_work, 1);
+  parallel.fetch({weights.panels, weights.panels + weights.floats()}, ceil_div(weights.floats(), steps * PANEL) * PANEL, urgent);
+}
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
   const Kernels& k = kernels();
@@ -501,15 +500,11 @@ struct Block {
     fetch(op.depthwise_bias);
   }
 
-  // The share of these panels, if half of L2 holds a thread's.
-  void gate_weights(int64_t threads, Range panels, Fetch (&soon)[2]) const {
-    const PackedPointwise* const both[2] = {&op.squeeze_excite.reduce, &op.squeeze_excite.expand};
-    int64_t room = l2_floats() / 2 * threads;
-    for (int i = 0; i < 2; ++i) {
-      const int64_t floats = both[i]->in_channels * panels_for(both[i]->out_channels) * PANEL;
-      if ((room -= floats) < 0) return;
-      soon[i] = Fetch{both[i]->panels, both[i]->panels + floats}.part(panels, panels_for(op.channels));
-    }
+  // While the expansion multiplies, the gate's weights come, for whose matrix-vector products the threads would wait.
+  void fetch_gate(int64_t pixels, const Parallel& parallel) const {
+    if (!op.gates() || !op.expands()) return;
+    for (const PackedPointwise* each : {&op.squeeze_excite.expand, &op.squeeze_excite.reduce})  // each goes before what is there
+      fetch_ahead(*each, pixels * op.in_channels * op.channels, true, parallel);
   }
 
   // To pixels of `to`, the first of which is the batch's `first_pixel`.
@@ -669,13 +664,10 @@ struct Block {
         sum_rows(n, part, range);
       });
     };
-    // While the expansion multiplies, the gate's weights come, for whose matrix-vector products a thread would wait. It has the same share
-    // of the panels of both.
     const auto expand = [&](Range range, Range panels) {
-      Pointwise call = product(op.expand, x, op.x_strides, expanded, expanded_strides);
-      if (by_panels && gate) gate_weights(threads, panels, call.soon);
-      k.pointwise(call, range, panels);
+      k.pointwise(product(op.expand, x, op.x_strides, expanded, expanded_strides), range, panels);
     };
+    fetch_gate(pixels, parallel);
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
     const auto pool = [&](Range range) {
       for (int64_t n = 0; n < count; ++n)

@@ -27,6 +27,7 @@ struct PackedPointwise {
   const float* bias;
   int64_t in_channels, out_channels;
   Activation activation;
+  int64_t floats() const { return in_channels * panels_for(out_channels) * PANEL; }
 };
 
 // A blocked image of so many pixels: its blocks of 16 channels stand whole cache lines apart, and never a multiple of 512 bytes, whose
@@ -100,6 +101,11 @@ bool worth_chaining(const InvertedResidual& block, int64_t threads);
 bool worth_chaining(int64_t pool_out_height, int64_t threads);
 // The rows of a block's output, for what comes after it. level: distinct among sources that are in use at a time, from 0 to 7.
 std::unique_ptr<RowSource> block_rows(const InvertedResidual& block, int64_t threads, int level);
+
+// Weights that are read once, each for itself, after products of so many multiply-adds, to be fetched by these; unless they are too few, for
+// which would `fetchable` ask.
+inline bool fetchable(const PackedPointwise& weights, int64_t work) { return work >= 14 * weights.floats(); }
+void fetch_ahead(const PackedPointwise& weights, int64_t work, bool urgent, const Parallel& parallel);
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel);
 void run_conv(const Conv& image, int64_t batch, const Parallel& parallel);

@@ -56,6 +56,43 @@ struct Fetch {
   FASTCONV_SHARED Fetch part(Range r, int64_t of) const { return {begin + size() * r.begin / of, begin + size() * r.end / of}; }
 };
 
+// What a thread's products fetch beside their own weights: those that a later step reads once, each for itself, and would wait for. Ranges
+// are fetched in turn, so many floats for every step of a tile (Kernels::step_work).
+class Stream {
+ public:
+  FASTCONV_SHARED bool empty() const { return count_ == 0; }
+  // urgent: before what is there. Where there is no room, the last is not fetched.
+  FASTCONV_SHARED void push(Fetch weights, int64_t floats_a_step, bool urgent) {
+    if (weights.size() <= 0 || (!urgent && count_ == MOST)) return;
+    if (count_ < MOST) ++count_;
+    int64_t at = count_ - 1;
+    for (; urgent && at > 0; --at) ranges_[at] = ranges_[at - 1];
+    ranges_[at] = {weights, floats_a_step};
+  }
+  // The next, at most what so many steps are to fetch for all of them.
+  FASTCONV_SHARED Fetch take(int64_t steps) {
+    int64_t floats = 0;
+    for (int64_t i = 0; i < count_; ++i) floats += steps * ranges_[i].floats_a_step;
+    Fetch& first = ranges_[0].left;
+    const Fetch part{first.begin, floats < first.size() ? first.begin + floats : first.end};
+    first.begin = part.end;
+    if (first.size() == 0) {
+      --count_;
+      for (int64_t i = 0; i < count_; ++i) ranges_[i] = ranges_[i + 1];
+    }
+    return part;
+  }
+
+ private:
+  static constexpr int64_t MOST = 4;
+  struct {
+    Fetch left;
+    int64_t floats_a_step;
+  } ranges_[MOST] = {};
+  int64_t count_ = 0;
+};
+inline thread_local Stream* stream = nullptr;  // the calling thread's, or none
+
 // 1x1 convolution: a matrix product over pixels.
 struct Pointwise {
   const float* x;
@@ -66,7 +103,7 @@ struct Pointwise {
   float* out;
   Strides out_strides;
   int64_t more_pixels = 0;  // of x, beyond those of the call, that the same thread reads next
-  Fetch soon[2] = {};       // what is read after this product
+  Fetch soon = {};          // what is read after this product
 };
 
 // Dense KxK convolution of one image, channels innermost. Taps that fall outside the image read `zeros`, so no padded copy is made.
@@ -236,6 +273,7 @@ struct Kernels {
   const char* isa;
   KernelInfo info[8];
   int64_t tile_pixels;  // of pointwise: pieces of so many, or a multiple, waste nothing
+  int64_t step_work;    // multiply-adds of a few inputs of its tile, between which it fetches
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);

@@ -44,6 +44,18 @@ struct FloatMode {
 #endif
 };
 
+// While it lives, the calling thread's products fetch from this stream.
+class Fetching {
+ public:
+  explicit Fetching(Stream& from) : before_(stream) { stream = &from; }
+  ~Fetching() { stream = before_; }
+  Fetching(const Fetching&) = delete;
+  Fetching& operator=(const Fetching&) = delete;
+
+ private:
+  Stream* const before_;
+};
+
 class Team {
  public:
   using Body = void (*)(const void* context, int64_t piece, int64_t worker);
@@ -84,12 +96,16 @@ class Team {
 
   void finish() { loop_.store(FINISHED); }
 
+  // The leader's to fill between two loops.
+  Stream& stream_of(int64_t worker) { return shares_[worker].stream; }
+
  private:
   static constexpr int SPINS = 20000;  // about 0.3 ms
   static constexpr uint64_t FINISHED = ~uint64_t{0} - 1;
 
   struct alignas(64) Share {
     std::atomic<int64_t> left{0}, begin{0}, end{0};
+    Stream stream;
   };
 
   void follow(int64_t worker) {
@@ -115,6 +131,7 @@ class Team {
   void claim(int64_t worker) {
     try {
       Share& own = shares_[worker];
+      const Fetching fetching(own.stream);
       while (own.left.fetch_sub(1) > 0) body_(context_, own.begin.fetch_add(1), worker);
       for (int64_t i = 1; i < threads_; ++i) {
         Share& other = shares_[(worker + i) % threads_];
@@ -166,6 +183,16 @@ struct Parallel {
   int64_t number_for(int64_t count, int64_t least) const {
     const int64_t most = std::min(count / std::max<int64_t>(least, 1), PIECES * threads());
     return most > threads() ? most - most % threads() : std::max<int64_t>(most, 1);
+  }
+
+  // To be fetched by the products of the next loops (Stream): each thread its share, as loops deal them out.
+  void fetch(Fetch weights, int64_t floats_a_step, bool urgent) const {
+    if (!team) {
+      if (stream) stream->push(weights, floats_a_step, urgent);
+      return;
+    }
+    for (int64_t worker = 0; worker < threads(); ++worker)
+      team->stream_of(worker).push(weights.part({worker, worker + 1}, threads()), floats_a_step, urgent);
   }
 
   // f(range) for so many pieces, each a whole number of `unit` things.

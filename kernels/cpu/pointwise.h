@@ -24,13 +24,13 @@ inline void pointwise(const Pointwise& op, Range pixels, Range panels) {
     const bool paired = last_panel_is_paired(op.out_channels);
     // Weights that this call has not brought into L2 yet. (Those of a matrix-vector product are a stream that the hardware fetches: 109
     // GB/s, with our fetches 100.)
-    const bool cold = rows > 4 && (!small || m == pixels.begin);
+    const bool cold = !small || m == pixels.begin, fetches = rows > 4 && (cold || (stream && !stream->empty()));
     const auto chunk = [&](auto NV, auto PAIR, int64_t column, int64_t columns, int64_t chunks) {
       Output at = at_column(to, column, columns);
       at.chunks = chunks;
-      Ahead ahead(op, panels, NV * W / PANEL, ceil_div(rows, TILE) * (K / UNROLL));
+      Ahead ahead(op, panels, NV * W / PANEL, ceil_div(rows, TILE) * (K / UNROLL), cold);
       if constexpr (NV > 0 && NV * W % PANEL == 0)
-        if (cold) {
+        if (fetches) {
           ahead.begin(column / PANEL);
           at.ahead = &ahead;
         }

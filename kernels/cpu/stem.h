@@ -68,29 +68,48 @@ inline void fill_row_buffer(const Stem& op, int64_t oh, float* buffer) {
   }
 }
 
-// Asks for the input rows that output row `oh` adds: an image comes from memory, and its rows are too short for the hardware to guess.
-inline void fetch_rows(const Stem& op, int64_t oh) {
-  const int64_t end = oh * op.stride_h - op.pad_h + op.kernel_h, last = end < op.height ? end : op.height;
-  const int64_t first = end - op.stride_h < 0 ? 0 : end - op.stride_h, runs = op.pixel_stride == 1 ? op.in_channels : 1;
-  for (int64_t ih = first; ih < last; ++ih)
-    for (int64_t c = 0; c < runs; ++c) {
-      const float* row = op.x + ih * op.row_stride + c * op.channel_stride;
-      for (int64_t i = 0; i < op.width * op.pixel_stride; i += 16) __builtin_prefetch(row + i);
-    }
-}
+// The input rows that output row `oh` adds: a range for each channel, or three equal ones where pixels have all channels. An image comes
+// from memory, and its rows are too short for the hardware to guess.
+struct NewRows {
+  Fetch ranges[3];
+  NewRows() = default;
+  NewRows(const Stem& op, int64_t oh) {
+    const int64_t end = oh * op.stride_h - op.pad_h + op.kernel_h, last = end < op.height ? end : op.height;
+    const int64_t first = end - op.stride_h < 0 ? 0 : end - op.stride_h;
+    if (first >= last) return;
+    const float* const x = op.x + first * op.row_stride;
+    const int64_t floats = (last - 1 - first) * op.row_stride + op.width * op.pixel_stride;
+    for (int64_t c = 0; c < 3; ++c)
+      if (op.pixel_stride == 1 && op.in_channels > c)
+        ranges[c] = {x + c * op.channel_stride, x + c * op.channel_stride + floats};
+      else if (op.pixel_stride > 1)
+        ranges[c] = Fetch{x, x + floats}.part({c, c + 1}, 3);
+  }
+  void fetch() const {
+    for (const Fetch& range : ranges)
+      for (const float* p = range.begin; p < range.end; p += PANEL) __builtin_prefetch(p);
+  }
+};
 
-// rows_of(MR, x): where tiles of MR pixels read whose first reads from x of the buffer on.
-template <class RowsOf>
+// rows_of(MR, x, ...): where tiles of MR pixels read whose first reads from x of the buffer on. SPREADS: each tile fetches a share of the
+// next row's new input, and rows_of takes that and the row's pixels from the tiles' first on; else all of it is fetched beforehand.
+template <bool SPREADS, class RowsOf>
 FASTCONV_INLINE void stem_tiles(const Stem& op, Range rows, float* buffer, RowsOf rows_of) {
   const int64_t depth = op.kernel_h * op.kernel_w * op.in_channels;
   for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
     fill_row_buffer(op, oh, buffer);
-    fetch_rows(op, oh + 1);
+    const NewRows soon(op, oh + 1);
+    if constexpr (!SPREADS) soon.fetch();
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
     for_each_chunk<PREFERRED_NV>(
         {0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
-          cover<NV, false>(op.out_width, at_column(to, column, columns),
-                           [&](auto MR, int64_t first) { return rows_of(MR, buffer + op.margin() + first * op.stride_w); });
+          cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
+            const float* const x = buffer + op.margin() + first * op.stride_w;
+            if constexpr (SPREADS)
+              return rows_of(MR, x, column ? NewRows() : soon, Range{first, op.out_width});
+            else
+              return rows_of(MR, x);
+          });
         });
   }
 }
@@ -104,12 +123,14 @@ void stem_taps(const Stem& op, Range rows, float* buffer) {
   for (int64_t kh = 0; kh < op.kernel_h; ++kh)
     for (int64_t kw = 0; kw < op.kernel_w; ++kw)
       for (int64_t c = 0; c < op.in_channels; ++c) *offset++ = static_cast<int32_t>((kh * op.in_channels + c) * width + kw);
-  stem_tiles(op, rows, buffer, [&](auto MR, const float* x) { return Stepped<MR, STEP>{x, offsets, 1, depth, op.stride_w}; });
+  stem_tiles<false>(op, rows, buffer, [&](auto MR, const float* x) { return Stepped<MR, STEP>{x, offsets, 1, depth, op.stride_w}; });
 }
 
 inline void stem(const Stem& op, Range rows, float* scratch) {
   if (op.kernel_w == 3 && op.stride_w == 2 && op.in_channels == 3)
-    return stem_tiles(op, rows, scratch, [&](auto MR, const float* x) { return Window<MR, 2, 3>(x, op.kernel_h, op.buffer_width()); });
+    return stem_tiles<true>(op, rows, scratch, [&](auto MR, const float* x, const NewRows& soon, Range pixels) {
+      return Window<MR, 2, 3>(x, op.kernel_h, op.buffer_width(), soon.ranges, pixels);
+    });
   if (op.stride_w == 2) return stem_taps<2>(op, rows, scratch);
   stem_taps<0>(op, rows, scratch);
 }

@@ -193,7 +193,7 @@ inline void stem_winograd(const Stem& op, Range rows, StemRing& ring, float* scr
       const int64_t slot = ring.slot(ring.next);
       ring.moderate[slot] = transform_stem_row(op, t, ring.next, buffer, ring.data + slot * t.row_floats());
     }
-    fetch_rows(op, oh + 1);
+    NewRows(op, oh + 1).fetch();
     bool moderate = true;
     const float* table[StemRing::SLOTS];
     for (int64_t ih = first; ih < last; ++ih) {

@@ -201,7 +201,7 @@ void run_training_product(const InputRows& input, int64_t pixels, const PackedPo
                      out,
                      channels};
       // The next strip's lines of y come meanwhile (all of MobileNet V2's products: 89 to 84 ms of a core).
-      if (i + 1 < range.end) call.soon[0] = {y + strips[i + 1].begin * channels, y + strips[i + 1].end * channels};
+      if (i + 1 < range.end) call.soon = {y + strips[i + 1].begin * channels, y + strips[i + 1].end * channels};
       k.pointwise(call, {0, strip.size()}, {0, panels_for(channels)});
       if (statistics.mean) k.moments(out, channels, strip.size(), channels, parts + 2 * i * channels, parts + (2 * i + 1) * channels);
     }

@@ -89,6 +89,43 @@ void check_exceptions() {
     });
 }
 
+void check_streams() {
+  const float memory[64] = {};
+  const auto range = [&](int64_t begin, int64_t end) { return Fetch{memory + begin, memory + end}; };
+  const auto is = [](Fetch got, Fetch wanted) { return got.begin == wanted.begin && got.end == wanted.end; };
+  Stream one;
+  expect(one.empty(), "a new stream is empty");
+  one.push(range(0, 16), 4, false);
+  one.push(range(5, 5), 4, true);  // nothing
+  one.push(range(16, 40), 2, false);
+  one.push(range(40, 50), 1, true);
+  expect(is(one.take(1), range(40, 47)), "the urgent range comes first, at the pace of all");
+  expect(is(one.take(3), range(47, 50)), "no further than a range's end");
+  expect(is(one.take(2), range(0, 12)), "then the others, in turn");
+  expect(is(one.take(9), range(12, 16)), "the rest of a range");
+  expect(is(one.take(1), range(16, 18)), "at the last range's own pace");
+  expect(is(one.take(99), range(18, 40)) && one.empty(), "to its end");
+  for (int64_t i = 0; i < 5; ++i) one.push(range(i, i + 1), 1, false);
+  one.push(range(60, 64), 1, true);
+  int64_t floats = 0;
+  for (; !one.empty(); floats += one.take(9).size())
+    ;
+  expect(floats == 4 + 3, "four ranges, of which the urgent one took the last's place");
+
+  expect(stream == nullptr, "a thread without a team fetches nothing");
+  Parallel{}.fetch(range(0, 16), 1, false);
+  with_team(2, 1, [&](const Parallel& parallel) {
+    parallel.fetch(range(0, 64), 8, false);
+    std::vector<Fetch> taken(2);
+    while (!taken[0].begin || !taken[1].begin)  // until the helper has come as well
+      parallel.pieces(2, 2, [&](Range, int64_t worker) {
+        if (!stream->empty()) taken[worker] = stream->take(8);
+      });
+    expect(is(taken[0], range(0, 32)) && is(taken[1], range(32, 64)), "each thread its share");
+  });
+  expect(stream == nullptr, "none after the team");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -100,5 +137,6 @@ int main(int argc, char** argv) {
   }
   check_slow_threads_do_less();
   check_exceptions();
+  check_streams();
   std::printf("ok\n");
 }
