@@ -68,7 +68,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),
            py::arg("counted"), py::arg("addressed"), py::arg("children"))
-      .def("unchanged", &fastconv::Watch::unchanged);
+      .def("unchanged", &fastconv::Watch::unchanged)
+      .def_property_readonly("reads_versions", &fastconv::Watch::reads_versions, "Whether in-place writes are noticed without asking tensors.");
+  fastconv::find_versions();
   py::class_<fastconv::Direct>(m, "Direct", "Calls a module's operator where nothing stands in the way, else returns None.")
       .def(py::init<py::object, py::object, py::object, py::tuple, py::list, py::list, py::list>(), py::arg("owner"), py::arg("watch"),
            py::arg("op"), py::arg("arguments"), py::arg("empty"), py::arg("fixed"), py::arg("off"))
