@@ -69,7 +69,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list>(), py::arg("tensors"), py::arg("owners"), py::arg("keys"),
            py::arg("counted"), py::arg("addressed"), py::arg("children"))
       .def("unchanged", &fastconv::Watch::unchanged)
-      .def_property_readonly("reads_versions", &fastconv::Watch::reads_versions, "Whether in-place writes are noticed without asking tensors.");
+      .def_property_readonly("reads_versions", &fastconv::Watch::reads_versions,
+                             "Whether in-place writes are noticed without asking tensors.");
   fastconv::find_versions();
   py::class_<fastconv::Direct>(m, "Direct", "Calls a module's operator where nothing stands in the way, else returns None.")
       .def(py::init<py::object, py::object, py::object, py::tuple, py::list, py::list, py::list>(), py::arg("owner"), py::arg("watch"),

@@ -63,7 +63,8 @@ unsigned long long address_of(PyObject* tensor) {
   return PyLong_AsUnsignedLongLong(value.ptr());
 }
 
-// Copies `bytes` from an address that may be anything; false if there is no memory. The system reads them: a pipe takes no address on trust.
+// Copies `bytes` from an address that may be anything; false if there is no memory. The system reads them: a pipe takes no address on
+// trust.
 class Reader {
  public:
   Reader() {

@@ -101,16 +101,16 @@ FASTCONV_INLINE void stem_tiles(const Stem& op, Range rows, float* buffer, RowsO
     const NewRows soon(op, oh + 1);
     if constexpr (!SPREADS) soon.fetch();
     const Output to{op.panels, depth * PANEL, op.epilogue, op.out + oh * op.out_width * op.out_strides.pixel, op.out_strides, 0};
-    for_each_chunk<PREFERRED_NV>(
-        {0, panels_for(op.out_channels)}, op.out_channels, false, [&](auto NV, std::false_type, int64_t column, int64_t columns) {
-          cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
-            const float* const x = buffer + op.margin() + first * op.stride_w;
-            if constexpr (SPREADS)
-              return rows_of(MR, x, column ? NewRows() : soon, Range{first, op.out_width});
-            else
-              return rows_of(MR, x);
-          });
-        });
+    for_each_chunk<PREFERRED_NV>({0, panels_for(op.out_channels)}, op.out_channels, false,
+                                 [&](auto NV, std::false_type, int64_t column, int64_t columns) {
+                                   cover<NV, false>(op.out_width, at_column(to, column, columns), [&](auto MR, int64_t first) {
+                                     const float* const x = buffer + op.margin() + first * op.stride_w;
+                                     if constexpr (SPREADS)
+                                       return rows_of(MR, x, column ? NewRows() : soon, Range{first, op.out_width});
+                                     else
+                                       return rows_of(MR, x);
+                                   });
+                                 });
   }
 }
 
