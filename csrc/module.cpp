@@ -63,6 +63,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, instruction sets compiled in, and the oldest torch this build runs on.");
   m.def("advise_huge_pages", &fastconv::advise_huge_pages, py::arg("address"), py::arg("bytes"),
         "Asks the system for huge pages, which it may refuse, where a block of memory has room for them.");
+  m.def("return_free_memory", &fastconv::return_free_memory, "Gives what the C library's allocator keeps back to the system.");
+  m.def("collapse_pages", &fastconv::collapse_pages, py::arg("address"), py::arg("bytes"),
+        "Asks the system to put memory that is in use on huge pages, where it fills them.");
   // No operator: a finalizer runs wherever the garbage collector does, and a tracer at work there would record it.
   m.def("program_free", &fastconv::program_free, py::arg("program"), "Forgets a program of torch.ops.fastconv.program_new.");
   py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")

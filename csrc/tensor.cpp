@@ -13,6 +13,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace fastconv {
 
@@ -191,6 +194,22 @@ void advise_huge_pages(uintptr_t begin, uintptr_t bytes) {
   constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
   const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = (begin + bytes) / HUGE_PAGE * HUGE_PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
+
+void return_free_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
+void collapse_pages(uintptr_t begin, uintptr_t bytes) {
+  advise_huge_pages(begin, bytes);  // before Linux 6.1, and where one fails, they come in the background
+#ifdef __linux__
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers lack
+  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
+  for (uintptr_t page = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; page + HUGE_PAGE <= begin + bytes; page += HUGE_PAGE)
+    if (madvise(reinterpret_cast<void*>(page), HUGE_PAGE, COLLAPSE) != 0) return;
 #endif
 }
 

@@ -978,8 +978,8 @@ BINDINGS = [
         "optimize/memory.py",
         "tests/test_whole.py -k weights_stand",
         "weights that overlap",
-        "at += _room(item)",
-        "at += _room(item) // 2 // _LINE * _LINE",
+        "self._next += -(-item.nbytes // _LINE) * _LINE",
+        "self._next += item.nbytes // 2 // _LINE * _LINE",
     ),
     binding(
         "watch.cpp",
@@ -1123,8 +1123,8 @@ PLANS = [
         "optimize/plan.py",
         "tests/test_optimize.py -k follows",
         "stale packed weights: only new ones packed",
-        "keep = changed is not None and not any(",
-        "keep = changed is not None and any(",
+        "and not any(source.place() in changed",
+        "and any(source.place() in changed",
     ),
     python(
         "optimize/plan.py",

@@ -6,7 +6,6 @@ A network's weights are read once a call, more pages of 4 KiB than a core keeps 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,35 +15,46 @@ from fastconv.ops._prepared import Prepared
 
 _LINE = 64  # bytes, of a cache line
 _HUGE_PAGE = 1 << 21
+# Packed by Winograd 3x3 weights take four times their room, beside the plain ones. What is reserved and not used takes no memory.
+_RESERVED = 8
+_WORTH_RETURNING = 1 << 18  # bytes: a return takes a millisecond
 
 
-def gather(calls: Sequence[object]) -> None:
-    """Moves the weights of these steps, which nothing else refers to yet, into a block of their own. Fewer than a huge page stay."""
-    packed = [call for call in calls if isinstance(call, Prepared) and "f32" in call.label]
-    total = sum(_room(tensor) for call in packed for tensor in call.tensors)
-    if total < _HUGE_PAGE:
-        return
-    from fastconv import _C
+class Block:
+    """Room for the packed weights of steps whose plain ones are so many bytes; none for less than a huge page."""
 
-    block = mmap.mmap(-1, total + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a page that nobody writes to takes no memory
-    address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
-    at = -address % _HUGE_PAGE
-    _C.advise_huge_pages(address + at, total)
+    def __init__(self, plain: int) -> None:
+        self._memory: mmap.mmap | None = None
+        if plain >= _HUGE_PAGE:
+            self._memory = mmap.mmap(-1, _RESERVED * plain + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+            self._first = self._next = -self._address % _HUGE_PAGE
 
-    def move(item: Any) -> Any:
-        nonlocal at
+    def take(self, call: object) -> None:
+        """Moves the weights of a step that nobody else knows yet. What they leave goes back to the system: kept for the next ones, which are
+        larger, it was all of MobileNet V1 once more."""
+        if self._memory is None or not isinstance(call, Prepared) or "f32" not in call.label:
+            return
+        before = self._next
+        call.args = self._moved(call.args)
+        if self._next - before >= _WORTH_RETURNING:
+            from fastconv import _C
+
+            _C.return_free_memory()
+
+    def finish(self) -> None:
+        """Puts what has been filled on huge pages."""
+        if self._memory is not None:
+            from fastconv import _C
+
+            _C.collapse_pages(self._address + self._first, self._next - self._first)
+
+    def _moved(self, item: Any) -> Any:
         if isinstance(item, (tuple, list)):
-            return type(item)(map(move, item))
-        if not isinstance(item, Tensor):
+            return type(item)(map(self._moved, item))
+        if not isinstance(item, Tensor) or self._next + item.nbytes > len(self._memory):
             return item
         # A storage of its own, which keeps the block: saved or copied, a weight does not take its neighbours along.
-        moved = torch.frombuffer(block, dtype=torch.float32, count=item.numel(), offset=at).view(item.shape)
-        at += _room(item)
+        moved = torch.frombuffer(self._memory, dtype=torch.float32, count=item.numel(), offset=self._next).view(item.shape)
+        self._next += -(-item.nbytes // _LINE) * _LINE
         return moved.copy_(item)
-
-    for call in packed:
-        call.args = move(call.args)
-
-
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // _LINE) * _LINE

@@ -18,7 +18,7 @@ from fastconv import _extension
 from fastconv.optimize.gpu import join, joined
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
-from fastconv.optimize.memory import gather
+from fastconv.optimize.memory import Block
 from fastconv.optimize.trace import Untraceable, hooked, trace
 from fastconv.optimize.traced import exporting, snapshot
 from fastconv.optimize.whole import Direct, Whole, whole
@@ -381,16 +381,24 @@ class Plan:
             return Ready(program, watch, None)
         like = next(iter(watch.tensors), None)
         changed = old.watch.changed(watch) if old and old.steps else None
-        steps, fresh = [], []
+        keeps = [
+            isinstance(call, Kernel)
+            and changed is not None
+            and not any(source.place() in changed for source in call.sources())
+            and not joined(old.steps[i][0])  # which holds its neighbour's weights
+            for i, (call, _, _) in enumerate(program.steps)
+        ]
+        fresh = [call for (call, _, _), keep in zip(program.steps, keeps) if isinstance(call, Kernel) and not keep]
+        block = Block(sum(layer.weight.tensor().nbytes for call in fresh for layer in call.every_layer() if layer.weight.tensor().is_cpu))
+        steps = []
         for i, (call, reads, write) in enumerate(program.steps):
-            if isinstance(call, Kernel):
-                keep = changed is not None and not any(source.place() in changed for source in call.sources())
-                keep = keep and not joined(old.steps[i][0])  # which holds its neighbour's weights
-                call = old.steps[i][0] if keep else call.prepare(like, self.exact)
-                if not keep:
-                    fresh.append(call)
+            if keeps[i]:
+                call = old.steps[i][0]
+            elif isinstance(call, Kernel):
+                call = call.prepare(like, self.exact)
+                block.take(call)
             steps.append((call, reads, write))
-        gather(fresh)
+        block.finish()
         if program.graph is not None:
             calls = join(program.graph, [call for call, _, _ in steps])
             steps = [(call, reads, write) for call, (_, reads, write) in zip(calls, steps)]
