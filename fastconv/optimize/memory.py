@@ -31,7 +31,7 @@ class Block:
             self._first = self._next = -self._address % _HUGE_PAGE
 
     def take(self, call: object) -> None:
-        """Moves the weights of a step that nobody else knows yet. What they leave goes back to the system: kept for the next ones, which are
+        """Moves the weights of a step that nobody else knows yet. What they leave goes back to the system: kept for the next, which are
         larger, it was all of MobileNet V1 once more."""
         if self._memory is None or not isinstance(call, Prepared) or "f32" not in call.label:
             return
