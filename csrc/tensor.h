@@ -73,7 +73,7 @@ enum class Output { like_input, channels_last };
 
 // For large blocks: a fresh output of 73 MB (SqueezeNet 1.0's stem, batch 16) costs 18 thousand page faults on small pages.
 void advise_huge_pages(uintptr_t begin, uintptr_t bytes);
-void return_free_memory();  // what the allocator keeps, to the system
+void return_free_memory();                              // what the allocator keeps, to the system
 void collapse_pages(uintptr_t begin, uintptr_t bytes);  // the same for memory that is in use
 
 // A block that keeps its memory from one call to the next and grows to the largest need seen.
