@@ -305,3 +305,17 @@ def test_versions_are_read_where_torch_keeps_them():
     with torch.no_grad():
         list(fast.parameters())[7].add_(0)
     assert not quick.unchanged()
+
+
+def test_weights_stay_where_they_are_without_addresses_to_spare(monkeypatch):
+    from fastconv.optimize import memory
+
+    def refuse(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    fast = optimized("squeezenet1_1")
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    other = optimized("squeezenet1_1")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(other(x), fast(x))

@@ -25,10 +25,14 @@ class Block:
 
     def __init__(self, plain: int) -> None:
         self._memory: mmap.mmap | None = None
-        if plain >= _HUGE_PAGE:
+        if plain < _HUGE_PAGE:
+            return
+        try:
             self._memory = mmap.mmap(-1, _RESERVED * plain + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-            self._first = self._next = -self._address % _HUGE_PAGE
+        except OSError:  # a process whose addresses are limited: weights stay where they are
+            return
+        self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._first = self._next = -self._address % _HUGE_PAGE
 
     def take(self, call: object) -> None:
         """Moves the weights of a step that nobody else knows yet. What they leave goes back to the system: kept for the next, which are

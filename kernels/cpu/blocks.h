@@ -102,8 +102,8 @@ bool worth_chaining(int64_t pool_out_height, int64_t threads);
 // The rows of a block's output, for what comes after it. level: distinct among sources that are in use at a time, from 0 to 7.
 std::unique_ptr<RowSource> block_rows(const InvertedResidual& block, int64_t threads, int level);
 
-// Weights that are read once, each for itself, after products of so many multiply-adds, to be fetched by these; unless they are too few,
-// for which would `fetchable` ask.
+// Has products of `work` multiply-adds fetch weights that are read once, after them: at most a float for 14 multiply-adds, more than which
+// memory does not bring beside the products' own. Where that is not enough, none are fetched.
 inline bool fetchable(const PackedPointwise& weights, int64_t work) { return work >= 14 * weights.floats(); }
 void fetch_ahead(const PackedPointwise& weights, int64_t work, bool urgent, const Parallel& parallel);
 
