@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastconv import _extension
 from fastconv.ops._prepared import Prepared
 
 _LINE = 64  # bytes, of a cache line
@@ -25,7 +26,7 @@ class Block:
 
     def __init__(self, plain: int) -> None:
         self._memory: mmap.mmap | None = None
-        if plain < _HUGE_PAGE:
+        if plain < _HUGE_PAGE or not _extension.available:  # without which nothing is packed
             return
         try:
             self._memory = mmap.mmap(-1, _RESERVED * plain + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
