@@ -20,7 +20,8 @@ class BlockStep : public Step {
       const int64_t expanded = check_panels(op, "expand_panels", panels, *weights_.expand_bias, in_channels_);
       check(expanded == channels_, op, "expand_panels must give the depthwise convolution's ", channels_, " channels, got ", expanded);
     }
-    out_channels_ = check_panels(op, "project_panels", weights_.project_panels, weights_.project_bias, channels_);
+    project_ = check_pointwise(op, "project_panels", weights_.project_panels, weights_.project_bias, channels_, activations_.project);
+    out_channels_ = project_.out_channels;
     const std::vector<Tensor>& se = weights_.squeeze_excite;
     if (!se.empty()) {
       check(se.size() == 4, op, "squeeze_excite must be empty or [reduce_panels, reduce_bias, expand_panels, expand_bias], got ", se.size(),
@@ -34,7 +35,6 @@ class BlockStep : public Step {
     if (!se.empty())
       gate_ = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
                {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};
-    project_ = {data(weights_.project_panels), data(weights_.project_bias), channels_, out_channels_, activations_.project};
     taps_ = data(weights_.taps), depthwise_bias_ = data(weights_.depthwise_bias);
   }
   const char* op() const override { return op_; }

@@ -32,6 +32,28 @@ int64_t check_panels(const char* op, const char* argument, const Tensor& panels,
   return out_channels;
 }
 
+PackedPointwise check_pointwise(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t in_channels,
+                                Activation activation) {
+  const bool strassen = panels.dim() == 1;
+  check(strassen || panels.dim() == 3, op, argument, " must be (G, Cin, 16), or one dimension for Strassen's algorithm, got ",
+        shape_of{panels});
+  if (!strassen) {
+    if (in_channels == 0) in_channels = panels.size(1);
+    const int64_t out_channels = check_panels(op, argument, panels, bias, in_channels);
+    return {data(panels), data(bias), in_channels, out_channels, activation};
+  }
+  check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ",
+        shape_of{bias});
+  // Floats grow by as much with every step of 32 inputs.
+  const auto floats = [&](int64_t inputs) { return StrassenWeights{nullptr, inputs, bias.size(0)}.floats(); };
+  const int64_t step = floats(StrassenWeights::GROUP) - floats(0);
+  const int64_t inputs = (panels.numel() - floats(0)) / step * StrassenWeights::GROUP;
+  check(dense_floats(panels) && inputs > 0 && floats(inputs) == panels.numel() && (in_channels == 0 || inputs == in_channels), op, argument,
+        " must be dense float32, packed for Strassen's algorithm, of ", bias.size(0), " outputs",
+        in_channels ? " and " + std::to_string(in_channels) + " inputs" : std::string(), ", got ", shape_of{panels});
+  return {data(panels), data(bias), inputs, bias.size(0), activation, Packing::strassen};
+}
+
 void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t channels, const Ints& stride, const Ints& padding) {
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
@@ -129,6 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(depthwise_backward_input);
   KERNEL(depthwise_backward_weight);
   PACKING(pack_panels);
+  PACKING(pack_strassen);
   PACKING(pack_winograd);
   PACKING(pack_stem_winograd);
   PACKING(pack_taps);

@@ -7,9 +7,7 @@ namespace {
 class PointwiseStep : public Step {
  public:
   PointwiseStep(Tensor panels, Tensor bias, Activation activation) : panels_(std::move(panels)), bias_(std::move(bias)) {
-    check(panels_.dim() == 3, op(), "panels must be (G, Cin, 16), got ", shape_of{panels_});
-    const int64_t in_channels = panels_.size(1), out_channels = check_panels(op(), "panels", panels_, bias_, in_channels);
-    weights_ = {data(panels_), data(bias_), in_channels, out_channels, activation};
+    weights_ = check_pointwise(op(), "panels", panels_, bias_, 0, activation);
   }
   const char* op() const override { return "pointwise"; }
   Shape output(const Shape& in) const override {
@@ -21,8 +19,10 @@ class PointwiseStep : public Step {
   const PackedPointwise* streams(const Shape& in) const override { return in.h * in.w == 1 ? &weights_ : nullptr; }
   void run(const Pixels& x, const Pixels& residual, const Target& out, const Parallel& parallel) const override {
     const Epilogue epilogue{weights_.bias, residual.data, residual.strides, weights_.activation};
-    run_pointwise({x.data, x.strides, x.shape.c, weights_.out_channels, weights_.panels, epilogue, out.data, out.strides},
-                  out.shape.n * out.shape.h * out.shape.w, parallel);
+    Pointwise call{x.data, x.strides, x.shape.c, weights_.out_channels, weights_.panels, epilogue, out.data, out.strides};
+    call.packing = weights_.packing;
+    call.pairs_within = std::max<int64_t>(out.shape.h * out.shape.w, 1);
+    run_pointwise(call, out.shape.n * out.shape.h * out.shape.w, parallel);
   }
 
  private:

@@ -259,6 +259,16 @@ Tensor pack_panels(const Tensor& weight) {
   return panels;
 }
 
+Tensor pack_strassen(const Tensor& weight) {
+  check(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(0) > 0 && weight.size(1) > 0 &&
+            weight.size(1) % StrassenWeights::GROUP == 0,
+        "pack_strassen", "weight must be (Cout, Cin, 1, 1) with a multiple of ", StrassenWeights::GROUP, " inputs, got ", shape_of{weight});
+  const Tensor dense = dense_weight("pack_strassen", weight);
+  Tensor packed = floats({StrassenWeights{nullptr, weight.size(1), weight.size(0)}.floats()});
+  pack_strassen(data(dense), weight.size(0), weight.size(1), static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
 Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
         "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});

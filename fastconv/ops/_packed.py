@@ -30,6 +30,13 @@ def pack_panels(weight):
     return weight.new_empty((-(-out_channels // PANEL), kh * kw * in_channels, PANEL))
 
 
+def pack_strassen(weight):
+    out_channels, in_channels = weight.shape[:2]
+    groups, rest = divmod(out_channels, 2 * PANEL)
+    floats = in_channels + groups * (2 * PANEL + 7 * in_channels // 2 * PANEL) + -(-rest // PANEL) * in_channels * PANEL
+    return weight.new_empty((floats,))
+
+
 def pack_winograd(weight):
     out_channels, in_channels = weight.shape[:2]
     return weight.new_empty((-(-out_channels // PANEL), 36 * in_channels, PANEL))
@@ -79,7 +86,7 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
+        pack_panels, pack_strassen, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
         inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

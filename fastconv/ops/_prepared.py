@@ -139,12 +139,32 @@ def pack(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.fastconv.pack_panels(weight), _bias_or_zeros(weight, bias)
 
 
+def pack_pointwise(weight: Tensor, bias: Tensor | None, label: str, *, exact: bool) -> tuple[tuple[Tensor, Tensor], str]:
+    """The same of a 1x1 convolution, unless `exact` for Strassen's algorithm where that is faster, and the label that tells so."""
+    if exact or not suits_strassen(weight):
+        return pack(weight, bias), label
+    return (torch.ops.fastconv.pack_strassen(weight), _bias_or_zeros(weight, bias)), f"{label} strassen"
+
+
 def pack_depthwise(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.fastconv.pack_taps(weight), _bias_or_zeros(weight, bias)
 
 
 def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
+
+
+def suits_strassen(weight: Tensor) -> bool:
+    """Whether a 1x1 convolution gains by Strassen's algorithm, and its sums stay finite for every input that the kernel gives it.
+
+    Of the 1/8 of the multiplications that it saves, its additions take the more the fewer channels there are on either side. On one core of a
+    Zen 4, all in its caches: 512 to 512 channels take 0.91 times what direct sums take, 256 to 256 0.92, 128 to 128 0.95, 384 to 64 0.99.
+    Inside networks, where its weights are 7/4 as many to wait for, less than 256 channels gained nothing.
+    """
+    outputs, inputs = weight.shape[:2]
+    if inputs % 32 or min(inputs, outputs) < 256:
+        return False
+    return bool(torch.linalg.vector_norm(weight, dim=(1, 2, 3), dtype=torch.float64).max() < 1e6)
 
 
 def suits_winograd(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks, _cuda
-from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, pack, pack_depthwise
+from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, pack, pack_depthwise, pack_pointwise
 from fastconv.ops._register import overload, register
 
 
@@ -62,6 +62,7 @@ def prepare_inverted_residual(
     depthwise_activation: str | None,
     squeeze_excite: tuple | None = None,
     activation: str | None = None,
+    exact: bool = False,
 ) -> PreparedResidual:
     """Binds MobileNet's block, V1 to V3, to its weights: returns call(x, residual=None).
 
@@ -69,6 +70,7 @@ def prepare_inverted_residual(
     expand_weight: None for a block without an expand.
     squeeze_excite: (reduce_weight, reduce_bias, expand_weight, expand_bias, squeeze_activation, gate_activation): the depthwise's
     output y is multiplied by gate(expand(squeeze(reduce(mean of y's pixels)))), with 1x1 weights; the gate is "hardsigmoid" or "sigmoid".
+    exact: see prepare_pointwise.
     """
     stride, padding = _checks.stride_padding("inverted_residual", stride, padding)
     *gate_weights, squeeze_activation, gate_activation = squeeze_excite or (None, None)
@@ -91,8 +93,9 @@ def prepare_inverted_residual(
             return PreparedBlock(_triton_block, args, label, after)
         return PreparedResidual(_block, args, label, after)
     expand = (None, None) if expand_weight is None else pack(expand_weight, expand_bias)
+    project, label = pack_pointwise(project_weight, project_bias, label, exact=exact)
     gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
-    args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *pack(project_weight, project_bias))
+    args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *project)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)
 
 

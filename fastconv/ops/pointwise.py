@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedResidual, arrange, choose, operator, pack
+from fastconv.ops._prepared import Prepared, PreparedResidual, arrange, choose, operator, pack, pack_pointwise
 from fastconv.ops._register import overload, register
 from fastconv.reference import ACTIVATIONS
 
@@ -25,12 +25,13 @@ def pointwise(
     return _pointwise(x, weight, bias, residual, activation)
 
 
-def prepare_pointwise(weight: Tensor, bias: Tensor | None, *, activation: str | None) -> PreparedResidual:
-    """Binds `pointwise` to its weights: returns call(x, residual=None)."""
+def prepare_pointwise(weight: Tensor, bias: Tensor | None, *, activation: str | None, exact: bool = False) -> PreparedResidual:
+    """Binds `pointwise` to its weights: returns call(x, residual=None). Unless `exact`, by Strassen's algorithm where that is faster."""
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
         return PreparedResidual(operator("pointwise", label), arrange(label, weight, bias), label, (activation,))
-    return PreparedResidual(overload("pointwise_packed"), pack(weight, bias), label, (activation,))
+    args, label = pack_pointwise(weight, bias, label, exact=exact)
+    return PreparedResidual(overload("pointwise_packed"), args, label, (activation,))
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None, *, activation: str | None) -> Prepared:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, operator, pack, pack_depthwise
+from fastconv.ops._prepared import PreparedBlock, PreparedResidual, arrange, choose, operator, pack_depthwise, pack_pointwise
 from fastconv.ops._register import overload, register
 
 
@@ -54,8 +54,9 @@ def prepare_separable(
     padding,
     depthwise_activation: str | None,
     activation: str | None,
+    exact: bool = False,
 ) -> PreparedResidual:
-    """Binds `separable` to its weights: returns call(x, residual=None)."""
+    """Binds `separable` to its weights: returns call(x, residual=None). exact: see prepare_pointwise."""
     stride, padding = _checks.stride_padding("separable", stride, padding)
     weights = {
         "depthwise_weight": depthwise_weight,
@@ -68,6 +69,7 @@ def prepare_separable(
         args = (*arrange(label, *weights.values()), stride, padding, depthwise_activation, activation)
         kind = PreparedBlock if label.endswith("triton") else PreparedResidual
         return kind(operator("separable", label), args, label, ())
-    args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *pack(pointwise_weight, pointwise_bias))
+    project, label = pack_pointwise(pointwise_weight, pointwise_bias, label, exact=exact)
+    args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *project)
     after = (stride, padding, None, depthwise_activation, None, None, activation)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)

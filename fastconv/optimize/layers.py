@@ -179,6 +179,10 @@ class Conv2d:
         return self.activation(y, inplace=True) if self.activation else y
 
 
+# Strassen's algorithm has 7/4 of the weights, for which fewer pixels than 14x14 of a common 224x224 input wait longer than they gain.
+_MOST_REDUCTION = 16 * 16
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One call of fastconv: the operation `op` over its layers (None where an optional one is missing)."""
@@ -194,8 +198,17 @@ class Kernel:
     def sources(self) -> list[Source]:
         return [source for layer in self.every_layer() for source in layer.sources()]
 
-    def prepare(self, like: Tensor | None, exact: bool) -> Callable[..., Tensor]:
-        """The callable that owns the folded and packed weights. like: a tensor of the device and dtype of kernels without weights."""
+    @property
+    def reduction(self) -> int:
+        """Pixels of the input to one of the output."""
+        stride = self.layers[0].stride if self.op == "conv2d" else self.options.get("stride", (1, 1))
+        return stride[0] * stride[1]
+
+    def prepare(self, like: Tensor | None, exact: bool, reduction: int) -> Callable[..., Tensor]:
+        """The callable that owns the folded and packed weights.
+
+        like: a tensor of the device and dtype of kernels without weights; reduction: pixels of the network's input to one of the output.
+        """
         if not self.layers:
             return getattr(ops, f"prepare_{self.op}")(**self.options, like=like)
         if self.op == "conv2d":
@@ -204,6 +217,8 @@ class Kernel:
         options = dict(self.options)
         if self.op in ("fire", "stem"):
             options["exact"] = exact
+        if self.op in ("pointwise", "separable", "inverted_residual"):
+            options["exact"] = exact or reduction > _MOST_REDUCTION
         if self.squeeze_excite:
             reduce, expand, gate = self.squeeze_excite
             w1, b1, w2, b2 = (*_as_conv(reduce), *_as_conv(expand))

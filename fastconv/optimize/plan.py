@@ -391,11 +391,13 @@ class Plan:
         fresh = [call for (call, _, _), keep in zip(program.steps, keeps) if isinstance(call, Kernel) and not keep]
         block = Block(sum(layer.weight.tensor().nbytes for call in fresh for layer in call.every_layer() if layer.weight.tensor().is_cpu))
         steps = []
+        reductions = [1] * program.slots
         for i, (call, reads, write) in enumerate(program.steps):
+            reductions[write] = max((reductions[slot] for slot in reads), default=1) * (call.reduction if isinstance(call, Kernel) else 1)
             if keeps[i]:
                 call = old.steps[i][0]
             elif isinstance(call, Kernel):
-                call = call.prepare(like, self.exact)
+                call = call.prepare(like, self.exact, reductions[write])
                 block.take(call)
             steps.append((call, reads, write))
         block.finish()

@@ -78,14 +78,90 @@ void split_product(const Parallel& parallel, int64_t pixels, int64_t depth, int6
 
 Pointwise product(const PackedPointwise& weights, const float* x, Strides x_strides, float* out, Strides out_strides,
                   const float* residual = nullptr, Strides residual_strides = 0) {
-  return {x,
-          x_strides,
-          weights.in_channels,
-          weights.out_channels,
-          weights.panels,
-          {weights.bias, residual, residual_strides, weights.activation},
-          out,
-          out_strides};
+  Pointwise op{x,
+               x_strides,
+               weights.in_channels,
+               weights.out_channels,
+               weights.panels,
+               {weights.bias, residual, residual_strides, weights.activation},
+               out,
+               out_strides};
+  op.packing = weights.packing;
+  return op;
+}
+
+// Pairs of pixels in a strip, of so many that are transformed at a time: what stays in L2 beside the weights (352 KiB).
+int64_t strip_pairs(int64_t in_channels, int64_t pairs) {
+  constexpr int64_t STRIP_FLOATS = 88 * 1024, MOST = 56;
+  const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / (7 * in_channels / 2), 1, MOST), strips = ceil_div(pairs, most);
+  return ceil_div(pairs, std::max<int64_t>(strips, 1));
+}
+
+// Memory for so many transformed pairs, and behind them for the kernel.
+struct StrassenScratch {
+  float *transformed, *scratch;
+  StrassenScratch(int64_t in_channels, int64_t pairs) {
+    const int64_t floats = kernels().strassen_floats(in_channels, pairs);
+    transformed = strassen_scratch.floats(floats + kernels().strassen_scratch(in_channels));
+    scratch = transformed + floats;
+  }
+};
+
+// A product by the calling thread.
+void multiply(const Pointwise& op, Range pixels, Range panels) {
+  const Kernels& k = kernels();
+  if (op.packing == Packing::panels) return k.pointwise(op, pixels, panels);
+  const Range pairs = op.pairs(pixels);
+  const int64_t at_once = strip_pairs(op.in_channels, pairs.size());
+  const StrassenScratch memory(op.in_channels, at_once);
+  for (int64_t pair = pairs.begin; pair < pairs.end; pair += at_once) {
+    const Range strip{pair, std::min(pair + at_once, pairs.end)};
+    k.strassen_transform(op, strip, memory.transformed);
+    k.strassen_multiply(op, strip, panels, memory.transformed, memory.scratch);
+  }
+}
+
+// The strip that each thread of a loop has transformed last.
+class StrassenStrips {
+ public:
+  StrassenStrips(const Pointwise& op, Range pairs, int64_t strips, int64_t threads) : op_(op), pairs_(pairs), strips_(strips), last_(threads, -1) {}
+  void multiply(int64_t strip, Range panels, int64_t worker) {
+    const Kernels& k = kernels();
+    const Range pairs{pairs_.begin + strip * pairs_.size() / strips_, pairs_.begin + (strip + 1) * pairs_.size() / strips_};
+    const StrassenScratch memory(op_.in_channels, ceil_div(pairs_.size(), strips_));
+    if (last_[worker] != strip) k.strassen_transform(op_, pairs, memory.transformed);
+    last_[worker] = strip;
+    k.strassen_multiply(op_, pairs, panels, memory.transformed, memory.scratch);
+  }
+
+ private:
+  const Pointwise op_;
+  const Range pairs_;
+  const int64_t strips_;
+  std::vector<int64_t> last_;
+};
+
+// Strips of pairs, and parts of the panels: few strips, for each is transformed by every thread that multiplies it, and reads all weights.
+// A thread has neighbouring parts of one strip after the other.
+void run_strassen(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
+  const int64_t threads = parallel.threads(), groups = ceil_div(op.out_channels, StrassenWeights::GROUP);
+  const Range pairs = op.pairs({0, pixels});
+  const bool by_panels = pairs.size() < kernels().tile_pixels * threads;
+  const int64_t shares = by_panels ? 1 : threads, share_pairs = ceil_div(pairs.size(), shares);
+  const int64_t strips = shares * ceil_div(share_pairs, strip_pairs(op.in_channels, share_pairs));
+  // Two groups at a time where there are enough: pointwise tiles are two panels wide.
+  const int64_t twos = ceil_div(groups, 2), most = std::max<int64_t>(Parallel::PIECES * threads / strips, 1);
+  const int64_t columns = !parallel.team ? 1 : by_panels ? std::min(groups, ceil_div(twos, threads) * threads) : std::min(twos, most);
+  const int64_t unit = by_panels ? 1 : 2, units = by_panels ? groups : twos;
+  const int64_t each = by_panels && columns % threads == 0 ? columns / threads : columns;  // columns of one strip, then of the next
+  StrassenStrips work(op, pairs, strips, threads);
+  parallel.pieces(strips * columns, strips * columns, [&](Range pieces, int64_t worker) {
+    for (int64_t piece = pieces.begin; piece < pieces.end; ++piece) {
+      const int64_t run = piece / each, strip = run % strips, column = run / strips * each + piece % each;
+      const Range panels{column * units / columns * unit * 2, (column + 1) * units / columns * unit * 2};
+      work.multiply(strip, {panels.begin, std::min(panels.end, panels_for(op.out_channels))}, worker);
+    }
+  });
 }
 
 }  // namespace
@@ -98,6 +174,7 @@ void fetch_ahead(const PackedPointwise& weights, int64_t work, bool urgent, cons
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
   const Kernels& k = kernels();
+  if (op.packing == Packing::strassen) return run_strassen(op, pixels, parallel);
   split_product(parallel, pixels, op.in_channels, op.out_channels, [&](Range range, Range panels) { k.pointwise(op, range, panels); });
 }
 
@@ -509,8 +586,11 @@ struct Block {
 
   // To pixels of `to`, the first of which is the batch's `first_pixel`.
   Pointwise project(const float* x, Strides x_strides, float* to, Strides to_strides, int64_t first_pixel) const {
-    return product(op.project, x, x_strides, to, to_strides, op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr,
-                   op.residual_strides);
+    Pointwise call = product(op.project, x, x_strides, to, to_strides,
+                             op.residual ? op.residual + first_pixel * op.residual_strides.pixel : nullptr, op.residual_strides);
+    // Pixels of an odd row are paired within it where a call may be for some rows, else within the image, with fewer left alone.
+    call.pairs_within = op.out_width % 2 == 0 ? 2 : op.channels * op.project.out_channels <= L2_WEIGHTS ? op.out_width : out_pixels;
+    return call;
   }
 
   // Whether a thread's rows are many enough for a ring of its own, whose halo it makes anew: 7 for a 3x3 kernel (MobileNet V2's blocks at
@@ -608,13 +688,13 @@ struct Block {
       const Range panels{0, panels_for(op.project.out_channels)};
       Pointwise call = project(out, out_strides, first_out, to_strides, n * out_pixels + band * op.out_width);
       if (!op.residual_is_source) {
-        k.pointwise(call, {0, (band_end - band) * op.out_width}, panels);
+        multiply(call, {0, (band_end - band) * op.out_width}, panels);
         continue;
       }
       for (int64_t row = band; row < band_end; ++row) {  // the ring's rows are neighbours only up to its end
         call.epilogue.residual = ring + row % slots * row_floats;
         call.epilogue.residual_strides = ring_strides;
-        k.pointwise(call, {0, op.out_width}, panels);
+        multiply(call, {0, op.out_width}, panels);
         call.x += op.out_width * out_strides.pixel;
         call.out += op.out_width * to_strides.pixel;
       }
@@ -681,7 +761,7 @@ struct Block {
     const int64_t first = batch.begin * out_pixels;
     const Pointwise last = project(middle, middle_strides, op.out + first * op.out_strides.pixel, op.out_strides, first);
     const auto project_rows = [&](Range rows) {
-      k.pointwise(last, {rows.begin * op.out_width, rows.end * op.out_width}, {0, panels_for(op.project.out_channels)});
+      multiply(last, {rows.begin * op.out_width, rows.end * op.out_width}, {0, panels_for(op.project.out_channels)});
     };
     // Whether a thread goes on to the projection of the rows that it made or scaled: enough of them for even shares, weights that stay in
     // L2.

@@ -27,7 +27,11 @@ struct PackedPointwise {
   const float* bias;
   int64_t in_channels, out_channels;
   Activation activation;
-  int64_t floats() const { return in_channels * panels_for(out_channels) * PANEL; }
+  Packing packing = Packing::panels;
+  int64_t floats() const {
+    if (packing == Packing::strassen) return StrassenWeights{panels, in_channels, out_channels}.floats();
+    return in_channels * panels_for(out_channels) * PANEL;
+  }
 };
 
 // A blocked image of so many pixels: its blocks of 16 channels stand whole cache lines apart, and never a multiple of 512 bytes, whose

@@ -6,6 +6,7 @@
 #include "kernels/cpu/pointwise.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/stem_winograd.h"
+#include "kernels/cpu/strassen.h"
 #include "kernels/cpu/winograd_gradient.h"
 
 #define FASTCONV_STRING_(x) #x
@@ -46,6 +47,10 @@ const Kernels kernels{FASTCONV_STRING(FASTCONV_ISA),
                       pointwise,
                       conv,
                       padded_conv,
+                      strassen_transform,
+                      strassen_multiply,
+                      strassen_floats,
+                      strassen_scratch,
                       winograd,
                       winograd_scratch,
                       winograd_transformed,

@@ -93,6 +93,24 @@ class Stream {
 };
 inline thread_local Stream* stream = nullptr;  // the calling thread's, or none
 
+// Packed for Strassen's algorithm (strassen.h): scales of the inputs; of every group of 32 outputs its scales and the factors of seven
+// products, (7, in_channels / 2, 16); and the panels of what outputs are left. in_channels: a multiple of 32.
+struct StrassenWeights {
+  const float* data;
+  int64_t in_channels, out_channels;
+  static constexpr int64_t GROUP = 2 * PANEL;  // channels, in and out
+  FASTCONV_SHARED int64_t groups() const { return out_channels / GROUP; }
+  FASTCONV_SHARED int64_t group_floats() const { return GROUP + 7 * in_channels / 2 * PANEL; }
+  FASTCONV_SHARED const float* input_scales() const { return data; }
+  FASTCONV_SHARED const float* group(int64_t g) const { return data + in_channels + g * group_floats(); }  // its scales
+  FASTCONV_SHARED const float* products(int64_t g) const { return group(g) + GROUP; }
+  FASTCONV_SHARED const float* rest() const { return group(groups()); }
+  FASTCONV_SHARED int64_t floats() const {
+    return in_channels + groups() * group_floats() + panels_for(out_channels % GROUP) * in_channels * PANEL;
+  }
+};
+enum class Packing { panels, strassen };
+
 // 1x1 convolution: a matrix product over pixels.
 struct Pointwise {
   const float* x;
@@ -104,6 +122,14 @@ struct Pointwise {
   Strides out_strides;
   int64_t more_pixels = 0;  // of x, beyond those of the call, that the same thread reads next
   Fetch soon = {};          // what is read after this product
+  Packing packing = Packing::panels;  // of `panels`
+  int64_t pairs_within = 2;           // Strassen's: pixels in so many are paired from the first on, an odd last one stays alone
+  FASTCONV_SHARED StrassenWeights strassen() const { return {panels, in_channels, out_channels}; }
+  // Of pixels from a pair's first on, up to a pair's end.
+  FASTCONV_SHARED Range pairs(Range pixels) const {
+    const auto before = [&](int64_t pixel) { return pixel / pairs_within * ceil_div(pairs_within, 2) + ceil_div(pixel % pairs_within, 2); };
+    return {before(pixels.begin), before(pixels.end)};
+  }
 };
 
 // Dense KxK convolution of one image, channels innermost. Taps that fall outside the image read `zeros`, so no padded copy is made.
@@ -277,6 +303,12 @@ struct Kernels {
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);
+  // Pointwise by Strassen: pairs of pixels, transformed once to strassen_floats(in_channels, pairs) floats, for any panels; an even number of
+  // them, but for the last. Scratch: strassen_scratch(in_channels) floats.
+  void (*strassen_transform)(const Pointwise&, Range pairs, float* transformed);
+  void (*strassen_multiply)(const Pointwise&, Range pairs, Range panels, float* transformed, float* scratch);
+  int64_t (*strassen_floats)(int64_t in_channels, int64_t pairs);
+  int64_t (*strassen_scratch)(int64_t in_channels);
   // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs. Tiles count through
   // the image, row by row.
   void (*winograd)(const PaddedConv&, Range tiles, Range panels, float* scratch);

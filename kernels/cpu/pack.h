@@ -1,6 +1,8 @@
 // Weights in the micro-kernels' order. The formats do not depend on the ISA, so packed weights survive pickling and a change of ISA.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,6 +32,49 @@ inline void pack_panel(const float* weight, int64_t out_channels, int64_t in_cha
 inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_channels, int64_t taps, float* panels) {
   for (int64_t g = 0; g < panels_for(out_channels); ++g)
     pack_panel(weight, out_channels, in_channels, taps, g, panels + g * taps * in_channels * PANEL);
+}
+
+// (Cout, Cin), Cin a multiple of 32, to StrassenWeights. Its sums of weights, and of inputs, would lose the smaller to the larger's rounding,
+// so channels that meet in one are made alike in size: of two inputs the one with the larger weights gives of them to its input, outputs are
+// divided by their weights' norm and multiplied by it in the end. All by powers of two, which round nothing.
+inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_channels, float* packed) {
+  const StrassenWeights to{packed, in_channels, out_channels};
+  const auto fill = [&](const float* place) { return packed + (place - packed); };
+  const int64_t paired = to.groups() * StrassenWeights::GROUP;
+  const auto power = [](double ratio, int most) { return std::ldexp(1.0, std::clamp(static_cast<int>(std::lround(std::log2(ratio))), -most, most)); };
+  const auto row_norm = [&](int64_t k) {
+    double sum = 0;
+    for (int64_t n = 0; n < paired; ++n) sum += static_cast<double>(weight[n * in_channels + k]) * weight[n * in_channels + k];
+    return std::sqrt(sum);
+  };
+  float* const inputs = fill(to.input_scales());
+  for (int64_t k = 0; k < in_channels; ++k) {
+    const double norm = row_norm(k), other = row_norm(k ^ PANEL);
+    inputs[k] = norm > other && other > 0 ? static_cast<float>(power(norm / other, 20)) : 1.0f;
+  }
+  for (int64_t g = 0; g < to.groups(); ++g) {
+    float *const scales = fill(to.group(g)), *products = fill(to.products(g));
+    for (int64_t n = 0; n < StrassenWeights::GROUP; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < in_channels; ++k) {
+        const double w = weight[(g * StrassenWeights::GROUP + n) * in_channels + k] / inputs[k];
+        sum += w * w;
+      }
+      scales[n] = sum > 0 ? static_cast<float>(power(std::sqrt(sum), 40)) : 1.0f;
+    }
+    const auto b = [&](int64_t i, int64_t lower, int64_t j, int64_t second) {  // of B's quarter (lower, second)
+      const int64_t k = i / PANEL * 2 * PANEL + lower * PANEL + i % PANEL, n = second * PANEL + j;
+      return static_cast<double>(weight[(g * StrassenWeights::GROUP + n) * in_channels + k]) / inputs[k] / scales[n];
+    };
+    for (int64_t product = 0; product < 7; ++product)
+      for (int64_t i = 0; i < in_channels / 2; ++i)
+        for (int64_t j = 0; j < PANEL; ++j) {
+          const double b11 = b(i, 0, j, 0), b12 = b(i, 0, j, 1), b21 = b(i, 1, j, 0), b22 = b(i, 1, j, 1), t1 = b12 - b11, t2 = b22 - t1;
+          const double factors[7] = {b11, b21, t2, b22 - b12, b21 - t2, t1, b22};  // in the order of strassen.h's planes
+          *products++ = static_cast<float>(factors[product]);
+        }
+  }
+  pack_panels(weight + paired * in_channels, out_channels - paired, in_channels, 1, fill(to.rest()));
 }
 
 // Panel `g` of (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G w G^T for Winograd F(4x4, 3x3), in double until the last

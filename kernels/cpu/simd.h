@@ -100,6 +100,19 @@ FASTCONV_INLINE vec maximum(vec a, vec b) { return _mm256_blendv_ps(_mm256_max_p
 FASTCONV_INLINE vec maximum(vec a, vec b) { return ((b > a) | (b != b)) ? b : a; }
 #endif
 
+// Whether every lane of a comparison holds.
+FASTCONV_INLINE bool all_set(ivec lanes) {
+#if defined(FASTCONV_ISA_IS_AVX512)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes)) == 0xffff;
+#elif defined(FASTCONV_ISA_IS_AVX2)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes)) == 0xff;
+#else
+  int32_t all = -1;
+  for (int lane = 0; lane < W; ++lane) all &= lanes[lane];
+  return all != 0;
+#endif
+}
+
 // NaN in v stays NaN: x86's max and min return their second operand when either is NaN; the plain comparison is then false.
 #if defined(FASTCONV_ISA_IS_AVX512)
 FASTCONV_INLINE vec at_least(vec v, vec low) { return _mm512_max_ps(low, v); }

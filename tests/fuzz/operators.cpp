@@ -55,7 +55,7 @@ constexpr int64_t SIZES[] = {0,
 constexpr int64_t NUMBERS[] = {0,         1,        2, 3, 4, 5, 6, 7, -1, -2, 1 << 15, 1 << 16, (int64_t{1} << 31) - 1, int64_t{1} << 31,
                                INT64_MAX, INT64_MIN};
 constexpr const char* NAMES[] = {nullptr, "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "", "RELU"};
-constexpr const char* WORDS[] = {"fastconv 2",
+constexpr const char* WORDS[] = {"fastconv 3",
                                  ";",
                                  " ",
                                  "stem_packed",
