@@ -24,7 +24,7 @@ namespace fastconv {
 namespace {
 
 // One more when a packed operator's arguments or the order of packed weights in memory change: exported models hold both.
-constexpr const char* PROGRAM_FORMAT = "fastconv 3";
+constexpr const char* PROGRAM_FORMAT = "fastconv 2";
 
 // A step's arguments in the order of its operator's schema: the weights from the program's list, everything else as the step's words.
 class Reader {

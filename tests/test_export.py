@@ -193,7 +193,7 @@ def test_registrations():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda w, p: (w, p.replace("fastconv 3", "fastconv 0")), "network: the program has format 'fastconv 0', this version .* export"),
+        (lambda w, p: (w, p.replace("fastconv 2", "fastconv 0")), "network: the program has format 'fastconv 0', this version .* export"),
         (lambda w, p: (w, ""), "network: the program has format ''"),
         (lambda w, p: (w[:-1], p), f"network: the program wants more than its {len(parts()[0]) - 1} weights"),
         (lambda w, p: ([*w, w[0]], p), f"network: the program takes {len(parts()[0])} weights, got {len(parts()[0]) + 1}"),

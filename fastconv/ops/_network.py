@@ -15,7 +15,7 @@ from fastconv import _extension
 from fastconv.ops import _checks
 from fastconv.ops._register import library, overload
 
-FORMAT = "fastconv 3"  # as in csrc/program.cpp
+FORMAT = "fastconv 2"  # as in csrc/program.cpp
 
 
 def encode(schema: torch.FunctionSchema, args: list[object]) -> tuple[list[Tensor], list[str]]:

@@ -32,7 +32,7 @@ def pack_panels(weight):
 
 def pack_strassen(weight):
     out_channels, in_channels = weight.shape[:2]
-    groups, rest = divmod(out_channels, 2 * PANEL)
+    groups, rest = out_channels // (2 * PANEL), out_channels % (2 * PANEL)
     floats = in_channels + groups * (2 * PANEL + 7 * in_channels // 2 * PANEL) + -(-rest // PANEL) * in_channels * PANEL
     return weight.new_empty((floats,))
 
@@ -86,7 +86,7 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_strassen, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed, fire_packed,
-        inverted_residual_packed, stem_packed,
+        pack_panels, pack_strassen, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed,
+        fire_packed, inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

@@ -157,9 +157,9 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
 def suits_strassen(weight: Tensor) -> bool:
     """Whether a 1x1 convolution gains by Strassen's algorithm, and its sums stay finite for every input that the kernel gives it.
 
-    Of the 1/8 of the multiplications that it saves, its additions take the more the fewer channels there are on either side. On one core of a
-    Zen 4, all in its caches: 512 to 512 channels take 0.91 times what direct sums take, 256 to 256 0.92, 128 to 128 0.95, 384 to 64 0.99.
-    Inside networks, where its weights are 7/4 as many to wait for, less than 256 channels gained nothing.
+    Of the 1/8 of the multiplications that it saves, its additions take the more the fewer channels there are on either side. On one core
+    of a Zen 4, all in its caches: 512 to 512 channels take 0.91 times what direct sums take, 256 to 256 0.92, 128 to 128 0.95, 384 to 64
+    0.99. Inside networks, where its weights are 7/4 as many to wait for, less than 256 channels gained nothing.
     """
     outputs, inputs = weight.shape[:2]
     if inputs % 32 or min(inputs, outputs) < 256:

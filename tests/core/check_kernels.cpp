@@ -3,6 +3,7 @@
 //
 //   g++ -std=c++20 -O2 -I. tests/core/check_kernels.cpp kernels/cpu/{blocks,isa}.cpp OBJECTS && ./a.out
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -138,6 +139,31 @@ void check_pointwise(int64_t pixels, int64_t in, int64_t out) {
                        strides},
                       {0, pixels}, {0, panels_for(out)});
   expect_equal("pointwise, blocked " + s.name(), from_blocks(blocks, pixels, out), wanted);
+}
+
+// Strassen's: strips of two pairs and three, every two panels by themselves, and the image's odd last pixel.
+void check_strassen(int64_t pixels, int64_t in, int64_t out) {
+  const auto x = integers(pixels * in), weight = integers(out * in), bias = integers(out), residual = integers(pixels * out);
+  std::vector<float> y(pixels * out, SENTINEL), wanted(pixels * out), packed(StrassenWeights{nullptr, in, out}.floats());
+  for (int64_t m = 0; m < pixels; ++m)
+    for (int64_t n = 0; n < out; ++n) {
+      float sum = bias[n] + residual[m * out + n];
+      for (int64_t k = 0; k < in; ++k) sum += x[m * in + k] * weight[n * in + k];
+      wanted[m * out + n] = relu6(sum);
+    }
+  pack_strassen(weight.data(), out, in, packed.data());
+  Pointwise op{x.data(), in, in, out, packed.data(), {bias.data(), residual.data(), out, Activation::relu6}, y.data(), out};
+  op.packing = Packing::strassen;
+  op.pairs_within = pixels;
+  const Range pairs = op.pairs({0, pixels});
+  std::vector<float> transformed(kernels().strassen_floats(in, pairs.size())), scratch(kernels().strassen_scratch(in));
+  for (int64_t pair = 0, count = 2; pair < pairs.end; pair += count, count = 5 - count) {
+    const Range strip{pair, std::min(pair + count, pairs.end)};
+    kernels().strassen_transform(op, strip, transformed.data());
+    for (int64_t panel = 0; panel < panels_for(out); panel += 2)
+      kernels().strassen_multiply(op, strip, {panel, std::min(panel + 2, panels_for(out))}, transformed.data(), scratch.data());
+  }
+  expect_equal("strassen " + std::to_string(pixels) + " pixels, " + std::to_string(in) + " to " + std::to_string(out), y, wanted);
 }
 
 void check_conv(const Shape& s) {
@@ -295,6 +321,9 @@ int main() {
     for (const int64_t c : channels)
       for (const int64_t out : {1, 16, 24, 40, 64})
         for (const int64_t size : {1, 4, 7, 13}) check_padded({c, size, size + 2, out, 3, 1, 1});
+    for (const int64_t pixels : {1, 2, 7, 30})
+      for (const int64_t in : {32, 96})
+        for (const int64_t out : {8, 32, 41, 120}) check_strassen(pixels, in, out);
     check_stem_ring();
     std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
   }

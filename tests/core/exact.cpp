@@ -175,7 +175,7 @@ struct Problem {
   int64_t n, h, w, in, middle, out;  // middle: channels between, where the operator has them
   int64_t kernel, sh, sw, ph, pw;
   Activation between = Activation::none;
-  bool winograd = false;
+  bool winograd = false, strassen = false;
   int64_t out_h() const { return (h + 2 * ph - kernel) / sh + 1; }
   int64_t out_w() const { return (w + 2 * pw - kernel) / sw + 1; }
   int64_t pixels() const { return n * h * w; }
@@ -198,9 +198,10 @@ struct Current {
     const Problem& p = problem;
     std::snprintf(text, sizeof(text),
                   "%s shape=%ld,%ld,%ld,%ld middle=%ld out=%ld kernel=%ld stride=%ld,%ld padding=%ld,%ld layout=%s dtype=float32 "
-                  "epilogue=bias,%s%s,%s%s",
+                  "epilogue=bias,%s%s,%s%s%s",
                   p.op, p.n, p.in, p.h, p.w, p.middle, p.out, p.kernel, p.sh, p.sw, p.ph, p.pw, layout.name, name_of(p.between),
-                  epilogue.residual ? ",residual" : "", name_of(epilogue.activation), p.winograd ? " winograd" : "");
+                  epilogue.residual ? ",residual" : "", name_of(epilogue.activation), p.winograd ? " winograd" : "",
+                  p.strassen ? " strassen" : "");
     return text;
   }
 } current;
@@ -272,6 +273,7 @@ struct Layer {
   Floats weight, bias;
   Guarded panels_memory, bias_memory;
   const float *panels = nullptr, *packed_bias = nullptr;
+  Packing packing = Packing::panels;
 
   void make(Integers& integers, int64_t inputs, int64_t outputs, int64_t size, int most) {
     in = inputs;
@@ -286,9 +288,17 @@ struct Layer {
     panels = to;
     return to;
   }
-  void pack(bool at_end) { pack_panels(weight.data(), out, in, taps, place(panels_for(out) * taps * in * PANEL, at_end)); }
+  void pack(bool at_end) {
+    packing = Packing::panels;
+    pack_panels(weight.data(), out, in, taps, place(panels_for(out) * taps * in * PANEL, at_end));
+  }
+  void pack_for(bool strassen, bool at_end) {
+    if (!strassen) return pack(at_end);
+    packing = Packing::strassen;
+    pack_strassen(weight.data(), out, in, place(StrassenWeights{nullptr, in, out}.floats(), at_end));
+  }
   void pack_as_taps(bool at_end) { pack_taps(weight.data(), out, taps, place(out * taps, at_end)); }
-  PackedPointwise product(Activation activation) const { return {panels, packed_bias, in, out, activation}; }
+  PackedPointwise product(Activation activation) const { return {panels, packed_bias, in, out, activation, packing}; }
 };
 
 struct Operator {
@@ -314,15 +324,20 @@ struct DepthwiseOp : Operator {
 
 struct PointwiseOp : Operator {
   Layer layer;
+  bool strassen = false;
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
+    strassen = p.strassen;
     layer.make(integers, p.in, p.out, 1, 4);
     return multiply(x, p.in, p.out, layer.weight, layer.bias);
   }
-  void pack(bool at_end) override { layer.pack(at_end); }
+  void pack(bool at_end) override { layer.pack_for(strassen, at_end); }
   void run(const Problem& p, const Image& x, const Epilogue& epilogue, const Image& out, const Parallel& parallel) const override {
     Epilogue own = epilogue;
     own.bias = layer.packed_bias;
-    run_pointwise({x.data, x.strides, p.in, p.out, layer.panels, own, out.data, out.strides}, p.pixels(), parallel);
+    Pointwise op{x.data, x.strides, p.in, p.out, layer.panels, own, out.data, out.strides};
+    op.packing = layer.packing;
+    op.pairs_within = p.h * p.w;
+    run_pointwise(op, p.pixels(), parallel);
   }
 };
 
@@ -433,7 +448,9 @@ struct FireOp : FireExpandOp {
 // separable where middle is 0, else inverted_residual.
 struct BlockOp : Operator {
   Layer expand, depthwise, project;
+  bool strassen = false;  // for the projection
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
+    strassen = p.strassen;
     const int64_t channels = p.middle ? p.middle : p.in;
     Floats y = x;
     expand.out = 0;
@@ -451,7 +468,7 @@ struct BlockOp : Operator {
   void pack(bool at_end) override {
     if (expand.out) expand.pack(at_end);
     depthwise.pack_as_taps(at_end);
-    project.pack(at_end);
+    project.pack_for(strassen, at_end);
   }
   void run(const Problem& p, const Image& x, const Epilogue& epilogue, const Image& out, const Parallel& parallel) const override {
     run_inverted_residual({x.data,
@@ -634,6 +651,35 @@ void pointwise_cases() {
                            each({Activation::relu}, true));
 }
 
+void strassen_cases() {
+  const auto strassen = [](Problem p) {
+    p.strassen = true;
+    return p;
+  };
+  const std::vector<Finish> epilogues = each({ALL[0], ALL[2], ALL[3], ALL[4]}, true);
+  for (const int64_t n : {1, 3})
+    for (const int64_t pixels : {1, 2, 3, 4, 7, 12, 13, 14, 25, 26, 27, 28, 29, 30, 49, 57})
+      for (const int64_t in : {32, 64, 96})
+        for (const int64_t out : {7, 31, 32, 40, 64, 80, 96, 121, 128, 168})
+          check<PointwiseOp>(strassen({"strassen", n, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}), EVERY, epilogues);
+  // Strips of pixels, and work for a team by pixels and by panels.
+  for (const int64_t pixels : {13, 49, 100, 225})
+    for (const int64_t in : {256, 608})
+      for (const int64_t out : {96, 520, 1000})
+        check<PointwiseOp>(strassen({"strassen", 2, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}), {LAYOUTS[0], LAYOUTS[1], LAYOUTS[2]},
+                           each({Activation::relu}, true));
+  // Projections by rows, odd and even, and of whole images whose weights do not fit L2.
+  for (const auto& [h, w] : {std::array<int64_t, 2>{1, 1}, {3, 5}, {5, 4}, {7, 7}, {14, 14}, {29, 15}, {56, 9}})
+    for (const auto& [in, out] : {std::array<int64_t, 2>{32, 40}, {64, 64}, {96, 96}, {512, 320}})
+      for (const int64_t middle : {int64_t{0}, in})
+        for (const int64_t stride : {1, 2}) {
+          if (in > 96 && h * w > 196) continue;
+          Problem p = strassen({"strassen", 1 + (h + w) % 2, h, w, middle ? 24 : in, middle, out, 3, stride, stride, 1, 1});
+          p.between = Activation::relu6;
+          check<BlockOp>(p, {LAYOUTS[0], LAYOUTS[2]}, each({Activation::none, Activation::relu}, true));
+        }
+}
+
 void stem_cases() {
   const std::vector<Finish> epilogues = each({ALL[0], ALL[2], ALL[3]}, false);
   const std::vector<Layout> layouts{LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]};
@@ -743,6 +789,7 @@ struct Lattice {
 };
 constexpr Lattice LATTICES[] = {{"depthwise", depthwise_cases},
                                 {"pointwise", pointwise_cases},
+                                {"strassen", strassen_cases},
                                 {"stem", stem_cases},
                                 {"fire_expand", fire_expand_cases},
                                 {"fire", fire_cases},

@@ -55,7 +55,7 @@ constexpr int64_t SIZES[] = {0,
 constexpr int64_t NUMBERS[] = {0,         1,        2, 3, 4, 5, 6, 7, -1, -2, 1 << 15, 1 << 16, (int64_t{1} << 31) - 1, int64_t{1} << 31,
                                INT64_MAX, INT64_MIN};
 constexpr const char* NAMES[] = {nullptr, "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "", "RELU"};
-constexpr const char* WORDS[] = {"fastconv 3",
+constexpr const char* WORDS[] = {"fastconv 2",
                                  ";",
                                  " ",
                                  "stem_packed",
@@ -210,7 +210,7 @@ void compiled(Tensor x, std::vector<Tensor> weights, std::string program) {
 
 void run(Bytes& bytes) {
   using Packing = Tensor (*)(const Tensor&);
-  switch (bytes.next() % 33) {
+  switch (bytes.next() % 34) {
       // clang-format off
     case 0: return call(&depthwise, bytes);
     case 1: return call(&pointwise, bytes);
@@ -244,6 +244,7 @@ void run(Bytes& bytes) {
     case 29: return call(&training_max_pool_backward, bytes);
     case 30: return call(&training_stem_pool, bytes);
     case 31: return call(static_cast<Packing>(&pack_stem_winograd), bytes);
+    case 32: return call(static_cast<Packing>(&pack_strassen), bytes);
     default: return call(&training_stem_pool_backward, bytes);
       // clang-format on
   }
