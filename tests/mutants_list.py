@@ -376,15 +376,51 @@ CONVOLUTIONS = [
 
 STRASSEN = [
     core("strassen.h", "exact avx2 strassen", "a sign of a sum of inputs", "a11 - a21, a22, s1", "a11 + a21, a22, s1"),
-    core("strassen.h", "exact avx2 strassen", "runs that keep the wrong sums", "nullptr, u2_p5, 1, PANEL, u3, u2}", "nullptr, u2_p5, 1, PANEL, u2, u3}"),
+    core(
+        "strassen.h",
+        "exact avx2 strassen",
+        "runs that keep the wrong sums",
+        "nullptr, u2_p5, 1, PANEL, u3, u2}",
+        "nullptr, u2_p5, 1, PANEL, u2, u3}",
+    ),
     core("strassen.h", "exact avx2 strassen", "a scale forgotten", "sum[r][v] * scale + bias", "sum[r][v] + bias"),
-    core("strassen.h", "exact avx2 strassen", "writes a pixel behind an odd image", "tile.half && run.pixel == 1", "tile.half && run.pixel == 2"),
-    core("strassen.h", "exact avx2 strassen", "pairs across images", "pair + count == end, pair - pairs.begin", "false, pair - pairs.begin"),
-    core("strassen.h", "exact avx2 strassen", "reads a pixel behind an odd image", "half && i + 1 == count ? 0 : strides.pixel", "strides.pixel"),
-    core("pack.h", "exact avx2 strassen", "inputs' scales left out of the weights", " / inputs[k] / scales[n];", " / scales[n];"),
+    core(
+        "strassen.h",
+        "exact avx2 strassen",
+        "writes a pixel behind an odd image",
+        "tile.half && run.pixel == 1",
+        "tile.half && run.pixel == 2",
+    ),
+    core(
+        "strassen.h",
+        "exact avx2 strassen",
+        "pairs across images",
+        "pair + count == end, pair - pairs.begin",
+        "false, pair - pairs.begin",
+    ),
+    core(
+        "strassen.h",
+        "exact avx2 strassen",
+        "reads a pixel behind an odd image",
+        "half && i + 1 == count ? 0 : strides.pixel",
+        "strides.pixel",
+    ),
+    core("pack.h", "exact avx2 strassen", "inputs' scales left out of the weights", "/ inputs[k] / divisors[n];", "/ divisors[n];"),
     core("pack.h", "exact avx2 strassen", "a factor of another product", "t2, b22 - b12, b21 - t2", "t2, b12 - b22, b21 - t2"),
-    core("blocks.cpp", "exact avx2 strassen", "pairs across odd rows", "op.channels * op.project.out_channels <= L2_WEIGHTS ? op.out_width", "false ? op.out_width"),
-    core("blocks.cpp", "exact avx2 strassen", "another strip's pixels", "if (last_[worker] != strip) k.strassen_transform", "if (last_[worker] < 0) k.strassen_transform"),
+    core(
+        "blocks.cpp",
+        "exact avx2 strassen",
+        "pairs across odd rows",
+        "op.channels * op.project.out_channels <= L2_WEIGHTS ? op.out_width",
+        "false ? op.out_width",
+    ),
+    core(
+        "blocks.cpp",
+        "exact avx2 strassen",
+        "another strip's pixels",
+        "if (last_[worker] != strip) k.strassen_transform",
+        "if (last_[worker] < 0) k.strassen_transform",
+    ),
     Mutant(
         "kernels/cpu/strassen.h",
         "infinities spread to the neighbour",
@@ -402,11 +438,24 @@ STRASSEN = [
     Mutant(
         "kernels/cpu/pack.h",
         "outputs of different sizes in one sum",
-        "scales[n] = sum > 0 ?",
-        "scales[n] = sum < 0 ?",
+        "power(std::sqrt(sum), 40) : 1",
+        "1 : 1",
         "pytest tests/test_strassen.py -k any_size",
     ),
-    python("optimize/layers.py", "tests/test_strassen.py -k plans", "7/4 of the weights for few pixels", "exact or reduction > _MOST_REDUCTION", "exact"),
+    Mutant(
+        "kernels/cpu/pack.h",
+        "inputs of different sizes in one sum",
+        "norm > other && other > 0 ?",
+        "norm > other && other < 0 ?",
+        "pytest tests/test_strassen.py -k any_size",
+    ),
+    python(
+        "optimize/layers.py",
+        "tests/test_strassen.py -k plans",
+        "7/4 of the weights for few pixels",
+        "exact or reduction > _MOST_REDUCTION",
+        "exact",
+    ),
 ]
 
 WINOGRAD = [

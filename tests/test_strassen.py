@@ -69,11 +69,13 @@ def test_network_shapes(channels, out_channels, size):
 def test_channels_of_any_size():
     """Every output is as near to its own size as where all channels are alike, and no dead channel comes alive."""
     weight = reals(320, 256, 1, 1)
-    weight *= torch.logspace(-6, 3, 320)[torch.randperm(320)][:, None, None, None]
+    weight *= torch.logspace(-8, 1, 320)[torch.randperm(320)][:, None, None, None]
     weight[17] = 0
-    inputs = torch.logspace(-3, 4, 256)[torch.randperm(256)][:, None, None]
+    inputs = torch.logspace(-3, 3, 256)[torch.randperm(256)][:, None, None]
     x, weight = reals(1, 256, 9, 9) / inputs, weight * inputs[None]
-    y, wanted = ops.prepare_pointwise(weight, None, activation=None)(x)[0], reference.pointwise(x.double(), weight.double())[0]
+    call = ops.prepare_pointwise(weight, None, activation=None)
+    assert call.kernel.endswith("strassen")
+    y, wanted = call(x)[0], reference.pointwise(x.double(), weight.double())[0]
     assert not y[17].any()
     alive = torch.arange(320) != 17
     assert ((y - wanted).abs().amax((1, 2)) / wanted.abs().amax((1, 2)))[alive].max() < 1e-5
@@ -107,7 +109,8 @@ def test_block_bits(height, width, channels, out_channels):
     """By rows, by panels and by images: pairs are the same, so bits are."""
     fast, exact, specification = separable(channels, out_channels, depthwise_activation="relu")
     x = reals(5, channels, height, width)
-    assert fast.kernel.endswith("strassen") and not exact.kernel.endswith("strassen")
+    assert fast.kernel.endswith("strassen")
+    assert not exact.kernel.endswith("strassen")
     check_same_bits(fast, x)
     assert error(fast(x), specification(x.double())) < 6e-6
     residual = reals(5, out_channels, height, width)
@@ -189,7 +192,7 @@ def test_packed_weights_are_checked():
     ):
         with pytest.raises(RuntimeError, match=message):
             op.pointwise_packed(x if inputs == 256 else reals(1, inputs, 4, 4), panels, bias, None, None)
-    with pytest.raises(RuntimeError, match=r"pack_strassen: weight must be \(Cout, Cin, 1, 1\) with a multiple of 32 inputs, got \(4, 40, 1, 1"):
+    with pytest.raises(RuntimeError, match=r"pack_strassen: weight must be \(Cout, Cin, 1, 1\) with a multiple of 32 inputs, got \(4, 40,"):
         op.pack_strassen(reals(4, 40, 1, 1))
 
     def block(channels):

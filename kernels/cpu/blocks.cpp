@@ -90,11 +90,11 @@ Pointwise product(const PackedPointwise& weights, const float* x, Strides x_stri
   return op;
 }
 
-// Pairs of pixels in a strip, of so many that are transformed at a time: what stays in L2 beside the weights (352 KiB).
+// Pairs of pixels in a strip, of so many in all: those that stay in L2, transformed, beside the weights (352 KiB).
 int64_t strip_pairs(int64_t in_channels, int64_t pairs) {
   constexpr int64_t STRIP_FLOATS = 88 * 1024, MOST = 56;
   const int64_t most = std::clamp<int64_t>(STRIP_FLOATS / (7 * in_channels / 2), 1, MOST), strips = ceil_div(pairs, most);
-  return ceil_div(pairs, std::max<int64_t>(strips, 1));
+  return pairs > 0 ? ceil_div(pairs, strips) : 1;
 }
 
 // Memory for so many transformed pairs, and behind them for the kernel.
@@ -124,7 +124,8 @@ void multiply(const Pointwise& op, Range pixels, Range panels) {
 // The strip that each thread of a loop has transformed last.
 class StrassenStrips {
  public:
-  StrassenStrips(const Pointwise& op, Range pairs, int64_t strips, int64_t threads) : op_(op), pairs_(pairs), strips_(strips), last_(threads, -1) {}
+  StrassenStrips(const Pointwise& op, Range pairs, int64_t strips, int64_t threads)
+      : op_(op), pairs_(pairs), strips_(strips), last_(threads, -1) {}
   void multiply(int64_t strip, Range panels, int64_t worker) {
     const Kernels& k = kernels();
     const Range pairs{pairs_.begin + strip * pairs_.size() / strips_, pairs_.begin + (strip + 1) * pairs_.size() / strips_};

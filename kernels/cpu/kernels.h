@@ -120,8 +120,8 @@ struct Pointwise {
   Epilogue epilogue;
   float* out;
   Strides out_strides;
-  int64_t more_pixels = 0;  // of x, beyond those of the call, that the same thread reads next
-  Fetch soon = {};          // what is read after this product
+  int64_t more_pixels = 0;            // of x, beyond those of the call, that the same thread reads next
+  Fetch soon = {};                    // what is read after this product
   Packing packing = Packing::panels;  // of `panels`
   int64_t pairs_within = 2;           // Strassen's: pixels in so many are paired from the first on, an odd last one stays alone
   FASTCONV_SHARED StrassenWeights strassen() const { return {panels, in_channels, out_channels}; }
@@ -303,8 +303,8 @@ struct Kernels {
   void (*pointwise)(const Pointwise&, Range pixels, Range panels);
   void (*conv)(const Conv&, Range pixels, Range panels);  // pixels: row-major over (out_height, out_width)
   void (*padded_conv)(const PaddedConv&, Range rows, Range panels);
-  // Pointwise by Strassen: pairs of pixels, transformed once to strassen_floats(in_channels, pairs) floats, for any panels; an even number of
-  // them, but for the last. Scratch: strassen_scratch(in_channels) floats.
+  // Pointwise by Strassen: pairs of pixels, transformed once to strassen_floats(in_channels, pairs) floats, for any panels; an even number
+  // of them, but for the last. Scratch: strassen_scratch(in_channels) floats.
   void (*strassen_transform)(const Pointwise&, Range pairs, float* transformed);
   void (*strassen_multiply)(const Pointwise&, Range pairs, Range panels, float* transformed, float* scratch);
   int64_t (*strassen_floats)(int64_t in_channels, int64_t pairs);

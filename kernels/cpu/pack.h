@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cpu/kernels.h"
 
@@ -34,47 +35,51 @@ inline void pack_panels(const float* weight, int64_t out_channels, int64_t in_ch
     pack_panel(weight, out_channels, in_channels, taps, g, panels + g * taps * in_channels * PANEL);
 }
 
-// (Cout, Cin), Cin a multiple of 32, to StrassenWeights. Its sums of weights, and of inputs, would lose the smaller to the larger's rounding,
-// so channels that meet in one are made alike in size: of two inputs the one with the larger weights gives of them to its input, outputs are
-// divided by their weights' norm and multiplied by it in the end. All by powers of two, which round nothing.
+// (Cout, Cin), Cin a multiple of 32, to StrassenWeights. Its sums of weights, and of inputs, would lose the smaller to the larger's
+// rounding, so channels that meet in one are made alike in size: of two inputs the one with the larger weights gives of them to its input,
+// outputs are divided by their weights' norm and multiplied by it in the end. All by powers of two, which round nothing.
 inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_channels, float* packed) {
+  constexpr int64_t GROUP = StrassenWeights::GROUP;
   const StrassenWeights to{packed, in_channels, out_channels};
-  const auto fill = [&](const float* place) { return packed + (place - packed); };
-  const int64_t paired = to.groups() * StrassenWeights::GROUP;
-  const auto power = [](double ratio, int most) { return std::ldexp(1.0, std::clamp(static_cast<int>(std::lround(std::log2(ratio))), -most, most)); };
-  const auto row_norm = [&](int64_t k) {
-    double sum = 0;
-    for (int64_t n = 0; n < paired; ++n) sum += static_cast<double>(weight[n * in_channels + k]) * weight[n * in_channels + k];
-    return std::sqrt(sum);
+  const auto writable = [&](const float* place) { return packed + (place - packed); };
+  const auto power = [](double ratio, int most) {
+    return std::ldexp(1.0, std::clamp(static_cast<int>(std::lround(std::log2(ratio))), -most, most));
   };
-  float* const inputs = fill(to.input_scales());
+  const int64_t grouped = to.groups() * GROUP;
+  std::vector<double> norms(in_channels);  // of the inputs' weights
+  for (int64_t n = 0; n < grouped; ++n)
+    for (int64_t k = 0; k < in_channels; ++k) norms[k] += static_cast<double>(weight[n * in_channels + k]) * weight[n * in_channels + k];
+  float* const inputs = writable(to.input_scales());
   for (int64_t k = 0; k < in_channels; ++k) {
-    const double norm = row_norm(k), other = row_norm(k ^ PANEL);
+    const double norm = std::sqrt(norms[k]), other = std::sqrt(norms[k ^ PANEL]);
     inputs[k] = norm > other && other > 0 ? static_cast<float>(power(norm / other, 20)) : 1.0f;
   }
   for (int64_t g = 0; g < to.groups(); ++g) {
-    float *const scales = fill(to.group(g)), *products = fill(to.products(g));
-    for (int64_t n = 0; n < StrassenWeights::GROUP; ++n) {
+    const float* const rows = weight + g * GROUP * in_channels;
+    float *const scales = writable(to.group(g)), *const products = writable(to.products(g));
+    double divisors[GROUP];
+    for (int64_t n = 0; n < GROUP; ++n) {
       double sum = 0;
       for (int64_t k = 0; k < in_channels; ++k) {
-        const double w = weight[(g * StrassenWeights::GROUP + n) * in_channels + k] / inputs[k];
+        const double w = rows[n * in_channels + k] / inputs[k];
         sum += w * w;
       }
-      scales[n] = sum > 0 ? static_cast<float>(power(std::sqrt(sum), 40)) : 1.0f;
+      divisors[n] = sum > 0 ? power(std::sqrt(sum), 40) : 1;
+      scales[n] = sum > 0 ? static_cast<float>(divisors[n]) : 0.0f;  // no weights: the bias alone
     }
-    const auto b = [&](int64_t i, int64_t lower, int64_t j, int64_t second) {  // of B's quarter (lower, second)
-      const int64_t k = i / PANEL * 2 * PANEL + lower * PANEL + i % PANEL, n = second * PANEL + j;
-      return static_cast<double>(weight[(g * StrassenWeights::GROUP + n) * in_channels + k]) / inputs[k] / scales[n];
-    };
-    for (int64_t product = 0; product < 7; ++product)
-      for (int64_t i = 0; i < in_channels / 2; ++i)
-        for (int64_t j = 0; j < PANEL; ++j) {
-          const double b11 = b(i, 0, j, 0), b12 = b(i, 0, j, 1), b21 = b(i, 1, j, 0), b22 = b(i, 1, j, 1), t1 = b12 - b11, t2 = b22 - t1;
-          const double factors[7] = {b11, b21, t2, b22 - b12, b21 - t2, t1, b22};  // in the order of strassen.h's planes
-          *products++ = static_cast<float>(factors[product]);
-        }
+    const int64_t product = in_channels / 2 * PANEL;
+    for (int64_t i = 0; i < in_channels / 2; ++i) {
+      const int64_t upper = i / PANEL * GROUP + i % PANEL, lower = upper + PANEL;  // inputs of B's upper and lower half
+      for (int64_t j = 0; j < PANEL; ++j) {
+        const auto b = [&](int64_t k, int64_t n) { return rows[n * in_channels + k] / inputs[k] / divisors[n]; };
+        const double b11 = b(upper, j), b12 = b(upper, j + PANEL), b21 = b(lower, j), b22 = b(lower, j + PANEL), t1 = b12 - b11,
+                     t2 = b22 - t1;
+        const double factors[7] = {b11, b21, t2, b22 - b12, b21 - t2, t1, b22};  // in the order of strassen.h's planes
+        for (int64_t f = 0; f < 7; ++f) products[f * product + i * PANEL + j] = static_cast<float>(factors[f]);
+      }
+    }
   }
-  pack_panels(weight + paired * in_channels, out_channels - paired, in_channels, 1, fill(to.rest()));
+  pack_panels(weight + grouped * in_channels, out_channels - grouped, in_channels, 1, writable(to.rest()));
 }
 
 // Panel `g` of (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G w G^T for Winograd F(4x4, 3x3), in double until the last

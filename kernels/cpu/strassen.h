@@ -11,8 +11,8 @@
 //     C11 = U1 + A12 B21   C21 = U3 - A22 T4   C22 = U3 + S1 T1   C12 = U2 + S1 T1 + S4 B22
 //
 // The 15 additions cost next to nothing: those of B are done when weights are packed, those of C in registers between products. Errors are
-// 2 to 3 times those of direct sums, relative to the largest inputs and weights that meet; scales of powers of two (pack.h) keep channels of
-// different sizes apart. A NaN, an infinity or a huge number would spread to its neighbour: such pairs are computed directly.
+// 2 to 3 times those of direct sums, relative to the largest inputs and weights that meet; scales of powers of two (pack.h) keep channels
+// of different sizes apart. A NaN, an infinity or a huge number would spread to its neighbour: such pairs are computed directly.
 #pragma once
 
 #include "kernels/cpu/pointwise.h"
@@ -98,8 +98,8 @@ struct StrassenTile {
   Strides out_strides;
   bool half;  // the last pair has no second pixel
 };
-// What tiles fetch into L2 while they multiply, so many floats for every UNROLL of the depth: the next groups' weights, then what the thread's
-// stream says.
+// What tiles fetch into L2 while they multiply, so many floats for every UNROLL of the depth: the next groups' weights, then what the
+// thread's stream says.
 struct StrassenAhead {
   Fetch now, then;
   int64_t floats_a_step;
@@ -118,9 +118,9 @@ struct StrassenAhead {
 // One run of products after another onto the same sums. (All seven in one function: gcc spills the sums between them.)
 struct StrassenRun {
   int first, products;
-  const float* from;  // sums to add to, or null
-  float* keep;        // where sums are kept between the products, one after the other
-  int pixel, column;  // of the outputs, in pixels and channels from the tile's first
+  const float* from;                                     // sums to add to, or null
+  float* keep;                                           // where sums are kept between the products, one after the other
+  int pixel, column;                                     // of the outputs, in pixels and channels from the tile's first
   const float *more_outputs = nullptr, *more = nullptr;  // kept sums that are added to the outputs, and to the sums; these are kept then
 };
 
