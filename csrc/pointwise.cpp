@@ -21,7 +21,7 @@ class PointwiseStep : public Step {
     const Epilogue epilogue{weights_.bias, residual.data, residual.strides, weights_.activation};
     Pointwise call{x.data, x.strides, x.shape.c, weights_.out_channels, weights_.panels, epilogue, out.data, out.strides};
     call.packing = weights_.packing;
-    call.pairs_within = std::max<int64_t>(out.shape.h * out.shape.w, 1);
+    call.pairs_within = pairs_within(out.shape.h * out.shape.w, out.shape.h * out.shape.w);
     run_pointwise(call, out.shape.n * out.shape.h * out.shape.w, parallel);
   }
 

@@ -375,7 +375,8 @@ CONVOLUTIONS = [
 ]
 
 STRASSEN = [
-    core("strassen.h", "exact avx2 strassen", "a sign of a sum of inputs", "a11 - a21, a22, s1", "a11 + a21, a22, s1"),
+    core("strassen.h", "exact avx2 strassen", "a sign of a sum of inputs", "a12 - s2, a11 - a21, a22}", "a12 - s2, a11 + a21, a22}"),
+    core("strassen.h", "exact avx2 strassen", "a sign of a pixel alone", "a11 + a12, -a11}", "a11 + a12, a11}"),
     core(
         "strassen.h",
         "exact avx2 strassen",
@@ -402,11 +403,11 @@ STRASSEN = [
         "strassen.h",
         "exact avx2 strassen",
         "reads a pixel behind an odd image",
-        "half && i + 1 == count ? 0 : strides.pixel",
+        "alone ? 0 : strides.pixel",
         "strides.pixel",
     ),
     core("pack.h", "exact avx2 strassen", "inputs' scales left out of the weights", "/ inputs[k] / divisors[n];", "/ divisors[n];"),
-    core("pack.h", "exact avx2 strassen", "a factor of another product", "t2, b22 - b12, b21 - t2", "t2, b12 - b22, b21 - t2"),
+    core("pack.h", "exact avx2 strassen", "a factor of another product", "b22, b22 - b12, b21 - t2", "b22, b12 - b22, b21 - t2"),
     core(
         "blocks.cpp",
         "exact avx2 strassen",
@@ -431,8 +432,8 @@ STRASSEN = [
     Mutant(
         "kernels/cpu/strassen.h",
         "the upper half of a weight unpacked without its other part",
-        "row[0] + row[5 * product]",
-        "row[5 * product]",
+        "upper ? first + row[0]",
+        "upper ? row[0]",
         "pytest tests/test_strassen.py -k nonfinite",
     ),
     Mutant(

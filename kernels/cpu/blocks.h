@@ -111,6 +111,10 @@ std::unique_ptr<RowSource> block_rows(const InvertedResidual& block, int64_t thr
 inline bool fetchable(const PackedPointwise& weights, int64_t work) { return work >= 14 * weights.floats(); }
 void fetch_ahead(const PackedPointwise& weights, int64_t work, bool urgent, const Parallel& parallel);
 
+// Among how many pixels of an image Strassen's algorithm finds pairs (Pointwise::pairs_within), where a call may be for a part that is a
+// multiple of so many.
+int64_t pairs_within(int64_t image, int64_t part);
+
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel);
 void run_conv(const Conv& image, int64_t batch, const Parallel& parallel);
 void run_depthwise(const Depthwise& image, int64_t batch, int64_t out_height, const Parallel& parallel);

@@ -123,7 +123,7 @@ struct Pointwise {
   int64_t more_pixels = 0;            // of x, beyond those of the call, that the same thread reads next
   Fetch soon = {};                    // what is read after this product
   Packing packing = Packing::panels;  // of `panels`
-  int64_t pairs_within = 2;           // Strassen's: pixels in so many are paired from the first on, an odd last one stays alone
+  int64_t pairs_within = 2;           // Strassen's: pixels in so many are paired from the first on, an odd last one stays alone; 1: all do
   FASTCONV_SHARED StrassenWeights strassen() const { return {panels, in_channels, out_channels}; }
   // Of pixels from a pair's first on, up to a pair's end.
   FASTCONV_SHARED Range pairs(Range pixels) const {

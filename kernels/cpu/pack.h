@@ -74,7 +74,7 @@ inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_
         const auto b = [&](int64_t k, int64_t n) { return rows[n * in_channels + k] / inputs[k] / divisors[n]; };
         const double b11 = b(upper, j), b12 = b(upper, j + PANEL), b21 = b(lower, j), b22 = b(lower, j + PANEL), t1 = b12 - b11,
                      t2 = b22 - t1;
-        const double factors[7] = {b11, b21, t2, b22 - b12, b21 - t2, t1, b22};  // in the order of strassen.h's planes
+        const double factors[7] = {t1, t2, b11, b21, b22, b22 - b12, b21 - t2};  // those that pixels alone take side by side
         for (int64_t f = 0; f < 7; ++f) products[f * product + i * PANEL + j] = static_cast<float>(factors[f]);
       }
     }

@@ -13,7 +13,12 @@
 // The 15 additions cost next to nothing: those of B are done when weights are packed, those of C in registers between products. Errors are
 // 2 to 3 times those of direct sums, relative to the largest inputs and weights that meet; scales of powers of two (pack.h) keep channels
 // of different sizes apart. A NaN, an infinity or a huge number would spread to its neighbour: such pairs are computed directly.
+//
+// Where pixels are so few that weights are what takes time, each stays alone (pairs_within 1) and reads 4 of the 7 factors, as many as
+// there are plain weights: C1 = A1 B11 + A2 B21, C2 = (A1 + A2) B22 - A1 T3.
 #pragma once
+
+#include <array>
 
 #include "kernels/cpu/pointwise.h"
 
@@ -40,14 +45,19 @@ struct Pairs {
   }
 };
 
-// Where transformed pairs stand: 7 planes in the order of their products, each a blocked image of half the channels, and whether each pair
-// is moderate, 1 or 0.
+// Where transformed pairs stand: planes in the order of their factors (pack.h), each a blocked image of half the channels, and whether each
+// pair is moderate, 1 or 0. All 7, or of pixels alone the 4 of factors 2 to 5.
+constexpr int64_t ALONE_FIRST = 2, ALONE = 4;
 struct StrassenPlanes {
   float* data;
-  int64_t block, plane;
-  FASTCONV_INLINE StrassenPlanes(float* data, int64_t pairs, int64_t in_channels)
-      : data(data), block(pairs * PANEL), plane(in_channels / (2 * PANEL) * block) {}
-  FASTCONV_INLINE float* moderate() const { return data + 7 * plane; }
+  int64_t block, plane, first, count;
+  FASTCONV_INLINE StrassenPlanes(float* data, int64_t pairs, const Pointwise& op)
+      : data(data),
+        block(pairs * PANEL),
+        plane(op.in_channels / (2 * PANEL) * block),
+        first(op.pairs_within == 1 ? ALONE_FIRST : 0),
+        count(op.pairs_within == 1 ? ALONE : 7) {}
+  FASTCONV_INLINE float* moderate() const { return data + count * plane; }
 };
 inline int64_t strassen_floats(int64_t in_channels, int64_t pairs) { return 7 * in_channels / 2 * pairs + ceil_div(pairs, PANEL) * PANEL; }
 
@@ -55,40 +65,52 @@ inline int64_t strassen_floats(int64_t in_channels, int64_t pairs) { return 7 * 
 constexpr int64_t AHEAD_PAIRS = 2;
 
 inline void strassen_transform(const Pointwise& op, Range pairs, float* transformed) {
-  const StrassenPlanes to(transformed, pairs.size(), op.in_channels);
+  const StrassenPlanes to(transformed, pairs.size(), op);
   const StrassenWeights weights = op.strassen();
   const Strides& strides = op.x_strides;
+  const int64_t next = strides.at(0, 2 * PANEL), other = strides.at(0, PANEL);
+  const auto put = [&](float* p, const auto& planes) FASTCONV_LAMBDA_INLINE {
+#pragma GCC unroll 7
+    for (const vec& plane : planes) {
+      store(p, plane);
+      p += to.plane;
+    }
+  };
   Pairs(op.pairs_within).for_each_run(pairs, [&](int64_t pixel, int64_t count, bool half, int64_t done) FASTCONV_LAMBDA_INLINE {
-    const int64_t next = strides.at(0, 2 * PANEL), other = strides.at(0, PANEL);
     for (int64_t i = 0; i < count; ++i) {
       const float* x = op.x + strides.at(pixel + 2 * i, 0);
       const float* scales = weights.input_scales();
       float* p = to.data + (done + i) * PANEL;
-      const int64_t below = half && i + 1 == count ? 0 : strides.pixel;
-      const vec there = splat(below ? 1.0f : 0.0f);
+      const bool alone = half && i + 1 == count;
+      const int64_t below = alone ? 0 : strides.pixel;
+      const vec there = splat(alone ? 0.0f : 1.0f);
       vec squares{};  // beyond the largest number, or NaN, where an input is not moderate
-      for (int64_t channel = 0; channel < op.in_channels; channel += 2 * PANEL, x += next, scales += 2 * PANEL, p += to.block)
+      for (int64_t channel = 0; channel < op.in_channels; channel += 2 * PANEL, x += next, scales += 2 * PANEL, p += to.block) {
+        for (const float* line : {x, x + strides.pixel, x + other, x + other + strides.pixel})
+          __builtin_prefetch(line + AHEAD_PAIRS * 2 * strides.pixel);
 #pragma GCC unroll 4
         for (int v = 0; v < PANEL_VECTORS; ++v) {
-          if (v * W % PANEL == 0)
-            for (const float* line : {x, x + strides.pixel, x + other, x + other + strides.pixel})
-              __builtin_prefetch(line + AHEAD_PAIRS * 2 * strides.pixel);
           const vec scale = load(scales + v * W), scale2 = load(scales + PANEL + v * W);
           const vec a11 = load(x + v * W) * scale, a12 = load(x + other + v * W) * scale2;
+          if (op.pairs_within == 1) {
+            squares += a11 * a11 + a12 * a12;
+            put(p + v * W, std::array<vec, ALONE>{a11, a12, a11 + a12, -a11});
+            continue;
+          }
           const vec a21 = load(x + below + v * W) * (scale * there), a22 = load(x + below + other + v * W) * (scale2 * there);
           squares += a11 * a11 + a12 * a12 + (a21 * a21 + a22 * a22);
-          const vec s1 = a21 + a22, s2 = s1 - a11, planes[7] = {a11, a12, s2, a11 - a21, a22, s1, a12 - s2};
-#pragma GCC unroll 7
-          for (int plane = 0; plane < 7; ++plane) store(p + plane * to.plane + v * W, planes[plane]);
+          const vec s1 = a21 + a22, s2 = s1 - a11;
+          put(p + v * W, std::array<vec, 7>{s1, s2, a11, a12, a12 - s2, a11 - a21, a22});
         }
+      }
       to.moderate()[done + i] = all_set(squares < 1e30f) ? 1.0f : 0.0f;
     }
   });
 }
 
-// A tile of MR pairs by NV vectors of either half of its groups.
+// A tile of MR pairs, or pixels alone, by NV vectors of either half of its groups.
 struct StrassenTile {
-  const float* x;  // the tile's first pair in the first plane
+  const float* x;  // the tile's first pair in the first plane that there is
   StrassenPlanes planes;
   int64_t depth;         // of a product
   const float* group;    // the first group's scales and products
@@ -101,30 +123,32 @@ struct StrassenTile {
 // What tiles fetch into L2 while they multiply, so many floats for every UNROLL of the depth: the next groups' weights, then what the
 // thread's stream says.
 struct StrassenAhead {
-  Fetch now, then;
-  int64_t floats_a_step;
-  FASTCONV_INLINE StrassenAhead(Fetch next, int64_t steps)
-      : now(next),
-        then(stream && !stream->empty() ? stream->take(steps) : Fetch{}),
-        floats_a_step(ceil_div(now.size() + then.size(), steps * PANEL) * PANEL) {
-    if (now.size() == 0) go_on(now.begin, now.end);
+  Fetch ranges[MAX_STRASSEN_GROUPS + 1] = {};
+  const float *begin = nullptr, *end = nullptr;  // of what is left of one range; the others follow
+  int64_t floats_a_step = 0;
+  int next = 0;
+  FASTCONV_INLINE void spread(int64_t steps) {
+    if (stream && !stream->empty()) ranges[MAX_STRASSEN_GROUPS] = stream->take(steps);
+    int64_t floats = 0;
+    for (const Fetch& range : ranges) floats += range.size();
+    floats_a_step = ceil_div(floats, steps * PANEL) * PANEL;
+    go_on(begin, end);
   }
-  __attribute__((noinline)) void go_on(const float*& begin, const float*& end) {
-    begin = then.begin, end = then.end;
-    then = {};
+  __attribute__((noinline)) void go_on(const float*& from, const float*& to) {
+    while (from >= to && next <= MAX_STRASSEN_GROUPS) from = ranges[next].begin, to = ranges[next++].end;
   }
 };
 
 // One run of products after another onto the same sums. (All seven in one function: gcc spills the sums between them.)
 struct StrassenRun {
-  int first, products;
-  const float* from;                                     // sums to add to, or null
-  float* keep;                                           // where sums are kept between the products, one after the other
-  int pixel, column;                                     // of the outputs, in pixels and channels from the tile's first
+  int first, products;  // factors
+  const float* from;    // sums to add to, or null
+  float* keep;          // where sums are kept after each product but the last, one after the other; or null
+  int pixel, column;    // of the outputs, in pixels and channels from the tile's first; -1: none, the last sums are kept as well
   const float *more_outputs = nullptr, *more = nullptr;  // kept sums that are added to the outputs, and to the sums; these are kept then
 };
 
-template <int MR, int NV>
+template <int MR, int NV, int PIXELS>
 FASTCONV_INLINE void strassen_run(const StrassenTile& tile, StrassenAhead& ahead, StrassenRun run) {
   constexpr int64_t KEPT = MR * NV * W;
   const int64_t product = tile.depth, depth = run.products * product;
@@ -132,9 +156,10 @@ FASTCONV_INLINE void strassen_run(const StrassenTile& tile, StrassenAhead& ahead
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v)
     weights[v] = tile.group + v / PANEL_VECTORS * tile.group_floats + 2 * PANEL + run.first * product * PANEL + v % PANEL_VECTORS * W;
-  const float *soon = ahead.now.begin, *soon_end = ahead.now.end;
+  const float *soon = ahead.begin, *soon_end = ahead.end;
   const int64_t soon_floats = ahead.floats_a_step;
-  Blocked<MR> rows(tile.x + run.first * tile.planes.plane, tile.planes.block, depth);  // planes follow each other as blocks do
+  // Planes follow each other as blocks do.
+  Blocked<MR> rows(tile.x + (run.first - tile.planes.first) * tile.planes.plane, tile.planes.block, depth);
   vec sum[MR][NV];
   if (run.from) {
 #pragma GCC unroll 16
@@ -150,7 +175,7 @@ FASTCONV_INLINE void strassen_run(const StrassenTile& tile, StrassenAhead& ahead
   rows.enter(0);
   int64_t next = product;
   for (int64_t k = 0; k < depth; k += UNROLL) {
-    if (k == next) {
+    if (run.keep && k == next) {
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -175,8 +200,16 @@ FASTCONV_INLINE void strassen_run(const StrassenTile& tile, StrassenAhead& ahead
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) weights[v] += UNROLL * PANEL;
   }
-  ahead.now = {soon, soon_end};
+  ahead.begin = soon;
+  ahead.end = soon_end;
 
+  if (run.pixel < 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(run.keep + (r * NV + v) * W, sum[r][v]);
+    return;
+  }
   if (run.more) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -188,7 +221,7 @@ FASTCONV_INLINE void strassen_run(const StrassenTile& tile, StrassenAhead& ahead
   }
   Clamp clamp(tile.epilogue.activation);
   asm("" : "+m"(clamp));  // bounds come from memory: there are no registers for them
-  const int64_t pixels = 2 * opaque(tile.out_strides.pixel), residual_pixels = 2 * opaque(tile.epilogue.residual_strides.pixel);
+  const int64_t pixels = PIXELS * opaque(tile.out_strides.pixel), residual_pixels = PIXELS * opaque(tile.epilogue.residual_strides.pixel);
   const bool one_less = tile.half && run.pixel == 1;
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
@@ -218,10 +251,16 @@ template <int MR, int NV>
 __attribute__((noinline)) void strassen_tile(const StrassenTile& tile, StrassenAhead& ahead) {
   alignas(64) float kept[4][MR * NV * W];
   float *const u1 = kept[0], *const u2 = kept[1], *const u3 = kept[2], *const u2_p5 = kept[3];
-  strassen_run<MR, NV>(tile, ahead, {0, 2, nullptr, u1, 0, 0});
-  strassen_run<MR, NV>(tile, ahead, {2, 3, u1, u2, 1, 0});  // keeps u2 and u3
-  strassen_run<MR, NV>(tile, ahead, {5, 1, nullptr, u2_p5, 1, PANEL, u3, u2});
-  strassen_run<MR, NV>(tile, ahead, {6, 1, u2_p5, nullptr, 0, PANEL});
+  strassen_run<MR, NV, 2>(tile, ahead, {2, 2, nullptr, u1, 0, 0});
+  strassen_run<MR, NV, 2>(tile, ahead, {1, 1, u1, u2, -1, 0});
+  strassen_run<MR, NV, 2>(tile, ahead, {5, 2, u2, u3, 1, 0});
+  strassen_run<MR, NV, 2>(tile, ahead, {0, 1, nullptr, u2_p5, 1, PANEL, u3, u2});
+  strassen_run<MR, NV, 2>(tile, ahead, {4, 1, u2_p5, nullptr, 0, PANEL});
+}
+template <int MR, int NV>
+__attribute__((noinline)) void strassen_tile_alone(const StrassenTile& tile, StrassenAhead& ahead) {
+  strassen_run<MR, NV, 1>(tile, ahead, {2, 2, nullptr, nullptr, 0, 0});
+  strassen_run<MR, NV, 1>(tile, ahead, {4, 2, nullptr, nullptr, 0, PANEL});
 }
 
 // The plain panels of a group, from its products: B12 is the sum of two.
@@ -233,7 +272,7 @@ inline void unpack_group(const StrassenWeights& weights, int64_t g, float* panel
     const float* row = b + (k / (2 * PANEL) * PANEL + k % PANEL) * PANEL;
     for (int64_t n = 0; n < PANEL; ++n, ++row) {
       const bool upper = k / PANEL % 2 == 0;
-      const float first = upper ? row[0] : row[product], second = upper ? row[0] + row[5 * product] : row[6 * product];
+      const float first = row[(upper ? 2 : 3) * product], second = upper ? first + row[0] : row[4 * product];
       panels[k * PANEL + n] = first * input_scale * scales[n];
       panels[(K + k) * PANEL + n] = second * input_scale * scales[PANEL + n];
     }
@@ -243,7 +282,8 @@ inline void unpack_group(const StrassenWeights& weights, int64_t g, float* panel
 // Panels of pairs that stand transformed. Panels of a group go together. scratch: strassen_scratch floats.
 inline void strassen_multiply(const Pointwise& op, Range pairs, Range panels, float* transformed, float* scratch) {
   const StrassenWeights weights = op.strassen();
-  const StrassenPlanes planes(transformed, pairs.size(), op.in_channels);
+  const StrassenPlanes planes(transformed, pairs.size(), op);
+  const bool alone = op.pairs_within == 1;
   const int64_t depth = op.in_channels / 2, tiles = ceil_div(pairs.size(), max_rows<PREFERRED_NV>());
   const int64_t end = panels.end / 2 < weights.groups() ? panels.end / 2 : weights.groups();
   bool moderate = true;
@@ -259,12 +299,17 @@ inline void strassen_multiply(const Pointwise& op, Range pairs, Range panels, fl
     if (end - g == STRASSEN_GROUPS + 1 && STRASSEN_GROUPS < MAX_STRASSEN_GROUPS) count = MAX_STRASSEN_GROUPS;
     const int64_t after = g + count < weights.groups() ? g + count : weights.groups(),
                   upto = after + count < weights.groups() ? after + count : weights.groups();
-    StrassenAhead ahead({weights.group(after), weights.group(upto)}, tiles * 7 * (depth / UNROLL));
-    Pairs(op.pairs_within).for_each_run(pairs, [&](int64_t pixel, int64_t number, bool half, int64_t done) FASTCONV_LAMBDA_INLINE {
+    StrassenAhead ahead;
+    for (int64_t each = after; each < upto; ++each) {
+      const float* const factors = weights.products(each) + planes.first * depth * PANEL;
+      ahead.ranges[each - after] = {factors, factors + planes.count * depth * PANEL};
+    }
+    ahead.spread(tiles * planes.count * (depth / UNROLL));
+    const auto all_tiles = [&](int64_t pixel, int64_t number, bool half, int64_t done) FASTCONV_LAMBDA_INLINE {
       with_constant<MAX_STRASSEN_GROUPS>(count, [&](auto GROUPS) {
         constexpr int NV = GROUPS * PANEL_VECTORS, MOST = max_rows<NV>();
         Pieces(number, MOST).for_each([&](int64_t, int64_t first, int64_t rows) {
-          const int64_t top = pixel + 2 * first, column = g * 2 * PANEL;
+          const int64_t top = pixel + (alone ? first : 2 * first), column = g * 2 * PANEL;
           const StrassenTile tile{planes.data + (done + first) * PANEL,
                                   planes,
                                   depth,
@@ -274,11 +319,20 @@ inline void strassen_multiply(const Pointwise& op, Range pairs, Range panels, fl
                                   op.out + op.out_strides.at(top, column),
                                   op.out_strides,
                                   half && first + rows == number};
-          with_constant<MOST>(rows, [&](auto MR) { strassen_tile<MR, NV>(tile, ahead); });
+          with_constant<MOST>(rows, [&](auto MR) {
+            if (alone)
+              strassen_tile_alone<MR, NV>(tile, ahead);
+            else
+              strassen_tile<MR, NV>(tile, ahead);
+          });
           if (in_second_pass(op.epilogue.activation))
-            activate_rows(tile.out, op.out_strides, 2 * rows - tile.half, GROUPS * 2 * PANEL, op.epilogue.activation);
+            activate_rows(tile.out, op.out_strides, alone ? rows : 2 * rows - tile.half, GROUPS * 2 * PANEL, op.epilogue.activation);
         });
       });
+    };
+    if (alone) all_tiles(pairs.begin, pairs.size(), false, 0);
+    Pairs(op.pairs_within).for_each_run(pairs, [&](int64_t pixel, int64_t number, bool half, int64_t done) FASTCONV_LAMBDA_INLINE {
+      if (!alone) all_tiles(pixel, number, half, done);
       for (int64_t i = 0; !moderate && i < number; ++i)
         if (planes.moderate()[done + i] == 0.0f)
           for (int64_t each = g; each < g + count; ++each) {
@@ -297,7 +351,7 @@ inline void strassen_multiply(const Pointwise& op, Range pairs, Range panels, fl
     g += count;
   }
   if (panels.end <= 2 * weights.groups()) return;
-  Pairs(op.pairs_within).for_each_run(pairs, [&](int64_t pixel, int64_t number, bool half, int64_t) {
+  const auto direct = [&](int64_t pixel, int64_t pixels) {
     const int64_t column = weights.groups() * 2 * PANEL;
     Pointwise rest = op;
     rest.packing = Packing::panels;
@@ -306,8 +360,10 @@ inline void strassen_multiply(const Pointwise& op, Range pairs, Range panels, fl
     rest.out_channels = op.out_channels - column;
     rest.epilogue = at(pixel, column);
     rest.out += op.out_strides.at(pixel, column);
-    pointwise(rest, {0, 2 * number - half}, {0, panels_for(rest.out_channels)});
-  });
+    pointwise(rest, {0, pixels}, {0, panels_for(rest.out_channels)});
+  };
+  if (alone) return direct(pairs.begin, pairs.size());
+  Pairs(op.pairs_within).for_each_run(pairs, [&](int64_t pixel, int64_t number, bool half, int64_t) { direct(pixel, 2 * number - half); });
 }
 inline int64_t strassen_scratch(int64_t in_channels) { return 2 * PANEL * in_channels; }
 

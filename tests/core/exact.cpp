@@ -336,7 +336,7 @@ struct PointwiseOp : Operator {
     own.bias = layer.packed_bias;
     Pointwise op{x.data, x.strides, p.in, p.out, layer.panels, own, out.data, out.strides};
     op.packing = layer.packing;
-    op.pairs_within = p.h * p.w;
+    op.pairs_within = p.h * p.w % 3 == 0 ? 1 : p.h * p.w;
     run_pointwise(op, p.pixels(), parallel);
   }
 };
