@@ -43,13 +43,15 @@ def test_exact_cases_between_unmapped_pages():
         op, cases, runs, border, interior = pattern.match(line).groups()
         assert int(runs) == 2 * int(cases) > 500, line  # end-aligned and start-aligned
         assert int(interior) > 0, line
-        assert (int(border) > 0) == (op != "pointwise"), line
+        if op != "strassen":  # products alone and in blocks, few of which are in the sample
+            assert (int(border) > 0) == (op != "pointwise"), line
 
 
 @compiles
 def test_the_list_of_exact_cases_is_long_and_has_none_twice():
     program = str(programs.build("exact", ends()))
     least = dict(depthwise=230_000, pointwise=50_000, fire_expand=20_000, fire=20_000, separable=20_000, inverted_residual=20_000)
+    least["strassen"] = 20_000
     for op, count in least.items():
         lines = subprocess.run([program, "--list", "--op", op], capture_output=True, text=True, check=True).stdout.splitlines()
         assert len(set(lines)) == len(lines) >= count, op

@@ -321,9 +321,11 @@ int main() {
     for (const int64_t c : channels)
       for (const int64_t out : {1, 16, 24, 40, 64})
         for (const int64_t size : {1, 4, 7, 13}) check_padded({c, size, size + 2, out, 3, 1, 1});
+    const std::mt19937 before = generator;  // the others' data stay: what Winograd's error is of the largest output depends on them
     for (const int64_t pixels : {1, 2, 7, 30})
       for (const int64_t in : {32, 96})
         for (const int64_t out : {8, 32, 41, 120}) check_strassen(pixels, in, out);
+    generator = before;
     check_stem_ring();
     std::printf("%s: %ld cases equal\n", isa.c_str(), cases);
   }
