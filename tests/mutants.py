@@ -76,7 +76,8 @@ class Extension:
         for i, job in enumerate(self.jobs):
             source = job[1].relative_to(TREE).as_posix()
             header = changed is not None and changed.endswith(".h")
-            if source == changed or (header and (source.startswith("kernels") or not changed.startswith("kernels"))):
+            core = header and changed.startswith("kernels") and f'"{changed}"' not in job[1].read_text()
+            if source == changed or (header and (source.startswith("kernels") or not core)):  # a header of the core is seldom csrc's
                 objects[i] = programs.compile_one([*cxx, *job[0]], job[1], OBJECTS, job[2])
         libraries = ["-Wl,--no-as-needed", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
         built = programs.link([*cxx, "-shared", *libraries], objects, OBJECTS, "extension")
