@@ -13,6 +13,7 @@ from harness import (
     every_isa,
     integers,
     reals,
+    same,
 )
 
 from fastconv import ops, reference
@@ -111,6 +112,20 @@ def test_winograd_keeps_bits_nonfinite_values_and_overflow():
     huge = reals(1, 4, 12, 12)
     huge[0, :, 5, 5] = 3e37  # its transforms would overflow, its direct sums do not
     assert torch.equal(call(huge)[..., 4:8, :], ops.fire(huge, *params)[..., 4:8, :])
+
+
+@every_isa
+def test_winograd_of_several_images():
+    """Small images go through Winograd's products together; one with a NaN goes directly, and the others notice nothing."""
+    params, x = weights(7, 16, 16, 40), reals(9, 7, 13, 13)
+    call = ops.prepare_fire(*params)
+    admits_winograd(x, params)
+    check_same_bits(call, x)
+    spoiled = x.clone()
+    spoiled[4, 2, 6, 6] = torch.nan
+    got, others = call(spoiled), [0, 1, 2, 3, 5, 6, 7, 8]
+    assert same(got[others], call(x)[others])
+    assert same(got[4:5].nan_to_num(-1), call(spoiled[4:5]).nan_to_num(-1))
 
 
 @every_isa

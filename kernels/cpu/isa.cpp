@@ -76,6 +76,15 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+bool fetches_for_vectors() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return !intel;
+#else
+  return true;
+#endif
+}
+
 void set_isa(const std::string& name) {
   for (const Entry& entry : table())
     if (name == entry.kernels->isa && entry.supported) {

@@ -6,8 +6,11 @@
 
 namespace fastconv::FASTCONV_ISA {
 
-// A vector of channels slides along the row; the maximum of a column of three is shared by the windows that hold it.
-inline void max_pool_row(const MaxPool& op, int64_t oh, int64_t c, int64_t lanes) {
+// A vector of channels slides along the row; the maximum of a column of three is shared by the windows that hold it. `maximum`, which keeps
+// a NaN, is three instructions on x86: windows take the plain maximum, which keeps that of one operand, and ask of the others, two at a
+// time, whether they are numbers. A row where they are not is made again.
+template <class Read, class Write>
+FASTCONV_INLINE void max_pool_row(const MaxPool& op, int64_t oh, int64_t c, Read read, Write write) {
   const int64_t top = oh * op.stride_h - op.pad_h, pixel = op.x_strides.pixel;
   const int64_t h0 = top < 0 ? 0 : top, h1 = top + 3 > op.height ? op.height : top + 3;
   const float* rows[3];
@@ -15,26 +18,53 @@ inline void max_pool_row(const MaxPool& op, int64_t oh, int64_t c, int64_t lanes
     const int64_t h = h0 + i < h1 ? h0 + i : h1 - 1;
     rows[i] = op.x + h % op.ring_rows * op.x_row_stride + op.x_strides.at(0, c);
   }
-  const auto column = [&](int64_t w) FASTCONV_LAMBDA_INLINE {
-    const int64_t at = w * pixel;
-    return maximum(maximum(load_up_to(rows[0] + at, lanes), load_up_to(rows[1] + at, lanes)), load_up_to(rows[2] + at, lanes));
+  float* const out = op.out + op.out_strides.at(oh * op.out_width, c);
+  const auto clipped = [&](int64_t begin, int64_t end) FASTCONV_LAMBDA_INLINE {
+    for (int64_t ow = begin; ow < end; ++ow) {
+      const int64_t left = ow * op.stride_w - op.pad_w;
+      const int64_t w0 = left < 0 ? 0 : left, w1 = left + 3 > op.width ? op.width : left + 3;
+      vec y = read(rows[0] + w0 * pixel);
+      for (const float* row : rows)
+        for (int64_t w = w0; w < w1; ++w) y = maximum(y, read(row + w * pixel));
+      write(out + ow * op.out_strides.pixel, y);
+    }
   };
-  float* out = op.out + op.out_strides.at(oh * op.out_width, c);
-  vec last{};          // of the window before, its last column
-  int64_t known = -1;  // which that is
-  for (int64_t ow = 0; ow < op.out_width; ++ow, out += op.out_strides.pixel) {
-    const int64_t left = ow * op.stride_w - op.pad_w;
-    const int64_t w0 = left < 0 ? 0 : left, w1 = left + 3 > op.width ? op.width : left + 3;
-    vec y = w0 == known ? last : column(w0);
-    for (int64_t w = w0 + 1; w < w1; ++w) y = maximum(y, last = column(w));
-    known = w1 - w0 > 1 ? w1 - 1 : -1;
-    store_up_to(out, y, lanes);
+  const int64_t first = ceil_div(op.pad_w, op.stride_w);  // of the windows inside the image
+  int64_t last = op.width < 3 ? first : (op.width - 3 + op.pad_w) / op.stride_w + 1;
+  last = last < first ? first : last < op.out_width ? last : op.out_width;
+  if (first >= op.out_width) return clipped(0, op.out_width);
+  clipped(0, first);
+  Numbers numbers;
+  const auto column = [&](int64_t w) FASTCONV_LAMBDA_INLINE {
+    const vec upper = read(rows[0] + w * pixel), lower = read(rows[2] + w * pixel);
+    numbers.both(upper, lower);
+    return at_least(at_least(read(rows[1] + w * pixel), upper), lower);
+  };
+  vec left{};
+  for (int64_t ow = first; ow < last; ++ow) {
+    const int64_t w = ow * op.stride_w - op.pad_w;
+    if (ow == first || op.stride_w != 2) left = column(w);
+    const vec middle = column(w + 1), right = column(w + 2);
+    numbers.both(left, right);
+    write(out + ow * op.out_strides.pixel, at_least(at_least(middle, left), right));
+    left = right;
   }
+  clipped(numbers.all() ? last : first, op.out_width);
 }
 
 inline void max_pool(const MaxPool& op, Range rows) {
   for (int64_t oh = rows.begin; oh < rows.end; ++oh)
-    for (int64_t c = 0; c < op.channels; c += W) max_pool_row(op, oh, c, op.channels - c);
+    for (int64_t c = 0; c < op.channels; c += W) {
+      const int lanes = static_cast<int>(op.channels - c < W ? op.channels - c : W);
+      if (lanes == W)
+        max_pool_row(
+            op, oh, c, [](const float* p) FASTCONV_LAMBDA_INLINE { return load(p); },
+            [](float* p, vec y) FASTCONV_LAMBDA_INLINE { store(p, y); });
+      else
+        max_pool_row(
+            op, oh, c, [=](const float* p) FASTCONV_LAMBDA_INLINE { return load_first(p, lanes); },
+            [=](float* p, vec y) FASTCONV_LAMBDA_INLINE { store_first(p, y, lanes); });
+    }
 }
 
 inline void sum_pixels(const float* x, Strides strides, int64_t pixels, int64_t channels, float* sums) {

@@ -113,6 +113,23 @@ FASTCONV_INLINE bool all_set(ivec lanes) {
 #endif
 }
 
+// Whether every lane that it was asked of is a number, of two vectors at a time.
+struct Numbers {
+#if defined(FASTCONV_ISA_IS_AVX512)
+  __mmask16 lanes = 0xffff;
+  FASTCONV_INLINE void both(vec a, vec b) { lanes = _mm512_mask_cmp_ps_mask(lanes, a, b, _CMP_ORD_Q); }
+  FASTCONV_INLINE bool all() const { return lanes == 0xffff; }
+#elif defined(FASTCONV_ISA_IS_AVX2)
+  __m256 lanes = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  FASTCONV_INLINE void both(vec a, vec b) { lanes = _mm256_and_ps(lanes, _mm256_cmp_ps(a, b, _CMP_ORD_Q)); }
+  FASTCONV_INLINE bool all() const { return _mm256_movemask_ps(lanes) == 0xff; }
+#else
+  ivec lanes = ~ivec{};
+  FASTCONV_INLINE void both(vec a, vec b) { lanes &= (a == a) & (b == b); }
+  FASTCONV_INLINE bool all() const { return all_set(lanes); }
+#endif
+};
+
 // NaN in v stays NaN: x86's max and min return their second operand when either is NaN; the plain comparison is then false.
 #if defined(FASTCONV_ISA_IS_AVX512)
 FASTCONV_INLINE vec at_least(vec v, vec low) { return _mm512_max_ps(low, v); }

@@ -359,16 +359,18 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
         vec weight[NV + 1];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) weight[v] = load(panel[v] + u * PANEL);
-        if constexpr (requires { std::bool_constant<Rows::STREAMS>{}; })
+        if constexpr (requires { std::bool_constant<Rows::STREAMS>{}; }) {
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) __builtin_prefetch(panel[v] + u * PANEL + to.panel_step, 0, 3);
-        if constexpr (NV > 0)
+        }
+        if constexpr (NV > 0) {
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r)
             if constexpr (first)
               multiply_first<NV>(sum[r], rows.at(r, k, u), weight, bias);
             else
               multiply_add<NV>(sum[r], rows.at(r, k, u), weight);
+        }
       };
       const auto step_pair = [&](int64_t k, int u, bool one) FASTCONV_LAMBDA_INLINE {
         if constexpr (PAIR) {

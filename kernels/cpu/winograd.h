@@ -62,11 +62,34 @@ FASTCONV_INLINE void transform_tile(const float* x, int64_t row_stride, int64_t 
   }
 }
 
-// To places from `first` on. Tiles count through the image, row by row.
+// Where a tile stands, and the next ones: they count through the images, row by row.
+struct TilePlace {
+  const PaddedConv& op;
+  int64_t image, row, column;  // of the tile's first output
+  FASTCONV_INLINE TilePlace(const PaddedConv& op, int64_t tile) : op(op) {
+    const int64_t across = ceil_div(op.out_width, 4), down = ceil_div(op.out_height, 4);
+    image = tile / (across * down);
+    row = tile / across % down * 4;
+    column = tile % across * 4;
+  }
+  FASTCONV_INLINE void next() {
+    column += 4;
+    if (column < op.out_width) return;
+    column = 0;
+    row += 4;
+    if (row < op.out_height) return;
+    row = 0;
+    ++image;
+  }
+  FASTCONV_INLINE const float* x() const { return op.x + image * op.x_image + row * op.x_row_stride + column * op.x_stride; }
+  FASTCONV_INLINE int64_t pixel() const { return (image * op.out_height + row) * op.out_width + column; }
+};
+
+// To places from `first` on.
 inline void transform_tiles(const PaddedConv& op, Range tiles, const Transformed& to, int64_t first) {
-  const int64_t tiles_w = ceil_div(op.out_width, 4);
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first) {
-    const float* x = op.x + tile / tiles_w * 4 * op.x_row_stride + tile % tiles_w * 4 * op.x_stride;
+  TilePlace at(op, tiles.begin);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first, at.next()) {
+    const float* const x = at.x();
     for (int64_t c = 0; c < op.in_channels; c += W)
       transform_tile(x + c, op.x_row_stride, op.x_stride, op.in_channels - c, to.data + c / PANEL * to.block + c % PANEL + first * PANEL,
                      to.plane);
@@ -107,7 +130,7 @@ constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
 inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, const Transformed& from, int64_t first, float* sums) {
   constexpr int NV = WINOGRAD_NV;
   constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
-  const int64_t tiles_w = ceil_div(op.out_width, 4), K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
+  const int64_t K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
   const Clamp clamp(op.epilogue.activation);
   const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
   const Pieces pieces(tiles.size(), WINOGRAD_TILES);
@@ -131,13 +154,12 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
           to.out += MOST * sums_stride;
         }
       });
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t tile = tiles.begin + done + t, oh = tile / tiles_w * 4, ow = tile % tiles_w * 4;
+      TilePlace at(op, tiles.begin + done);
+      for (int64_t t = 0; t < count; ++t, at.next())
         for (int64_t c = 0; c < columns; c += W)
           finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
-                      op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
-                      op.out_width - ow, columns - c);
-      }
+                      op.out + op.out_strides.at(at.pixel(), column + c), pixel, op.out_width * pixel, op.out_height - at.row,
+                      op.out_width - at.column, columns - c);
     });
   }
 }
