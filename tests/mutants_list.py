@@ -481,7 +481,7 @@ WINOGRAD = [
     core("winograd.h", SEVERAL, "every image's tiles to the first", "(image * op.out_height + row)", "row"),
     core("winograd.h", SEVERAL, "the next image from where this one ends", "row = 0;\n    ++image;", "++image;"),
     core("blocks.cpp", SEVERAL, "images beside one with a NaN left out", "if (!all) expand3x3", "if (i > 0 && !all) expand3x3"),
-    core("winograd.h", "exact avx2 fire", "lost bias", "clamp(to[j] + bias)", "clamp(to[j])"),
+    core("winograd.h", "exact avx2 fire", "lost bias", "if (j == 1) column[1] += bias;", ""),
     core("winograd.h", "exact avx2 fire", "planes mixed up", "load(sums + (i * 6 + j) * plane)", "load(sums + (j * 6 + i) * plane)"),
     core("stem_winograd.h", "exact avx2 stem", "a factor of the stem's input transform", "v[4] = 3.0f * d[4]", "v[4] = 2.0f * d[4]"),
     core("stem_winograd.h", "exact avx2 stem", "a sign of the stem's output transform", "0.125f * m[5] + m[6]", "0.125f * m[5] - m[6]"),

@@ -65,16 +65,18 @@ FASTCONV_INLINE void depthwise_tile(const float* const* rows, int64_t offset, in
             if ((j - kw) % STRIDE == 0 && j >= kw && (j - kw) / STRIDE < TILE) sum[r][(j - kw) / STRIDE] += value * tap[r][kw];
     }
   }
-  if (activation == Activation::hardswish) {
+  const auto finish = [&](auto activated) FASTCONV_LAMBDA_INLINE {
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; ++t) sum[r][t] = activate(sum[r][t], Activation::hardswish);
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int t = 0; t < TILE; ++t) write(r, t, clamp(sum[r][t]));
+      for (int t = 0; t < TILE; ++t) write(r, t, activated(sum[r][t]));
+  };
+  if (clamp.bounds())
+    finish([&](vec y) FASTCONV_LAMBDA_INLINE { return clamp(y); });
+  else if (activation == Activation::hardswish)
+    finish([](vec y) FASTCONV_LAMBDA_INLINE { return activate(y, Activation::hardswish); });
+  else
+    finish([](vec y) FASTCONV_LAMBDA_INLINE { return y; });
 }
 
 // `number` tiles of TILE columns from `column` on, of ROWS output rows and the channels of a range. BLOCKED: both images are, so a pixel's

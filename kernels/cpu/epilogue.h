@@ -15,6 +15,7 @@ struct Clamp {
   explicit Clamp(Activation activation)
       : low(activation == Activation::relu || activation == Activation::relu6 ? 0.0f : -std::numeric_limits<float>::infinity()),
         high(activation == Activation::relu6 ? 6.0f : std::numeric_limits<float>::infinity()) {}
+  FASTCONV_INLINE bool bounds() const { return low == 0.0f; }
   FASTCONV_INLINE vec operator()(vec v) const { return at_most(at_least(v, splat(low)), splat(high)); }
 };
 

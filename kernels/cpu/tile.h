@@ -457,25 +457,34 @@ FASTCONV_INLINE void tile_chunk(Rows rows, int64_t count, Output to, Clamp clamp
 #pragma GCC unroll 4
         for (int v = 0; v < PLAIN; ++v) sum[r][v] = activate(sum[r][v], Activation::hardswish);
     }
-    asm("" : "+m"(clamp));  // bounds come from memory here: the loop has no register for them
-    const auto finish = [&](auto put) FASTCONV_LAMBDA_INLINE {
+    const auto finish = [&](auto bounded, auto put) FASTCONV_LAMBDA_INLINE {
       const int64_t pixel = opaque(to.out_strides.pixel);
 #pragma GCC unroll 4
       for (int v = 0; v < PLAIN; ++v) {
         float* out = to.out + to.out_strides.at(0, v * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r, out += pixel) put(out, clamp(sum[r][v]), v);
+        for (int r = 0; r < MR; ++r, out += pixel) put(out, bounded(sum[r][v]), v);
       }
     };
-    if (!PAIR && columns == NV * W)
-      finish([](float* p, vec y, int) FASTCONV_LAMBDA_INLINE { store(p, y); });
-    else
-      finish([&](float* p, vec y, int v) FASTCONV_LAMBDA_INLINE {
-        if (v < NV - 1 || (PAIR && v < NV))
-          store(p, y);
-        else if (columns > v * W)
-          store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
-      });
+    const auto put = [&](auto bounded) FASTCONV_LAMBDA_INLINE {
+      if (!PAIR && columns == NV * W)
+        finish(bounded, [](float* p, vec y, int) FASTCONV_LAMBDA_INLINE { store(p, y); });
+      else
+        finish(bounded, [&](float* p, vec y, int v) FASTCONV_LAMBDA_INLINE {
+          if (v < NV - 1 || (PAIR && v < NV))
+            store(p, y);
+          else if (columns > v * W)
+            store_first(p, y, static_cast<int>(columns - v * W < W ? columns - v * W : W));
+        });
+    };
+    // Bounds only where there are any: minimum and maximum take the multiply-adds' ports on Intel's cores (40 inputs with hardswish 3% less
+    // time, a projection of 96 inputs 2%). They come from memory: the loop has no register for them.
+    if (clamp.bounds()) {
+      asm("" : "+m"(clamp));
+      put([&](vec y) FASTCONV_LAMBDA_INLINE { return clamp(y); });
+    } else {
+      put([](vec y) FASTCONV_LAMBDA_INLINE { return y; });
+    }
     if (in_second_pass(to.epilogue.activation)) activate_rows(to.out, to.out_strides, MR, columns, to.epilogue.activation);
 
     rows.next();

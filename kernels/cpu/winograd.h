@@ -96,8 +96,10 @@ inline void transform_tiles(const PaddedConv& op, Range tiles, const Transformed
   }
 }
 
-// Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written.
-FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, const Clamp& clamp, float* out, int64_t stride,
+// Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written. The transform adds its sum (1, 1)
+// to every output, and with it the bias.
+template <class Activate>
+FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, Activate activate, float* out, int64_t stride,
                                  int64_t row_stride, int64_t height, int64_t width, int64_t lanes) {
   vec rows[4][6];  // A^T m
 #pragma GCC unroll 6
@@ -105,6 +107,7 @@ FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, con
     vec column[6], to[4];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) column[i] = load(sums + (i * 6 + j) * plane);
+    if (j == 1) column[1] += bias;
     output_transform(column, to);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) rows[i][j] = to[i];
@@ -116,7 +119,7 @@ FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, con
     output_transform(rows[i], to);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      if (j < width) store_up_to(out + i * row_stride + j * stride, clamp(to[j] + bias), lanes);
+      if (j < width) store_up_to(out + i * row_stride + j * stride, activate(to[j]), lanes);
   }
 }
 
@@ -155,11 +158,17 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
         }
       });
       TilePlace at(op, tiles.begin + done);
-      for (int64_t t = 0; t < count; ++t, at.next())
-        for (int64_t c = 0; c < columns; c += W)
-          finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
-                      op.out + op.out_strides.at(at.pixel(), column + c), pixel, op.out_width * pixel, op.out_height - at.row,
-                      op.out_width - at.column, columns - c);
+      const auto finish = [&](auto activate) FASTCONV_LAMBDA_INLINE {
+        for (int64_t t = 0; t < count; ++t, at.next())
+          for (int64_t c = 0; c < columns; c += W)
+            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), activate,
+                        op.out + op.out_strides.at(at.pixel(), column + c), pixel, op.out_width * pixel, op.out_height - at.row,
+                        op.out_width - at.column, columns - c);
+      };
+      if (op.epilogue.activation == Activation::relu)
+        finish([](vec y) FASTCONV_LAMBDA_INLINE { return at_least(y, vec{}); });
+      else
+        finish([&](vec y) FASTCONV_LAMBDA_INLINE { return clamp(y); });
     });
   }
 }
