@@ -32,7 +32,6 @@ def python(file: str, test: str, breaks: str, find: str, replace: str) -> Mutant
 SUMS_TEST = "pytest tests/test_inverted_residual.py -k squeeze_excitation"
 STEM_POOL = "pytest tests/test_training_kernels.py -k stem"
 POOL_NAN = "pytest tests/test_max_pool.py -k nonfinite"
-SEVERAL = "pytest tests/test_fire.py -k several"
 TILES_TEST = "pytest tests/test_training_kernels.py -k tiles"
 KERNELS_TEST = "pytest tests/test_training_kernels.py tests/test_training.py"
 
@@ -472,16 +471,12 @@ WINOGRAD = [
         "winograd.h",
         "exact avx2 fire",
         "tiles two rows apart",
-        "image * op.x_image + row * op.x_row_stride",
-        "image * op.x_image + row / 2 * op.x_row_stride",
+        "op.x + tile / tiles_w * 4 * op.x_row_stride",
+        "op.x + tile / tiles_w * 2 * op.x_row_stride",
     ),
     core("winograd.h", "exact avx2 fire", "writes below the image", "if (i >= height) break;", ""),
     core("winograd.h", "exact avx2 fire", "writes right of the image", "if (j < width) store_up_to", "if (j <= width) store_up_to"),
-    core("winograd.h", SEVERAL, "every image's tiles from the first", "op.x + image * op.x_image", "op.x"),
-    core("winograd.h", SEVERAL, "every image's tiles to the first", "(image * op.out_height + row)", "row"),
-    core("winograd.h", SEVERAL, "the next image from where this one ends", "row = 0;\n    ++image;", "++image;"),
-    core("blocks.cpp", SEVERAL, "images beside one with a NaN left out", "if (!all) expand3x3", "if (i > 0 && !all) expand3x3"),
-    core("winograd.h", "exact avx2 fire", "lost bias", "if (j == 1) column[1] += bias;", ""),
+    core("winograd.h", "exact avx2 fire", "lost bias", "clamp(to[j] + bias)", "clamp(to[j])"),
     core("winograd.h", "exact avx2 fire", "planes mixed up", "load(sums + (i * 6 + j) * plane)", "load(sums + (j * 6 + i) * plane)"),
     core("stem_winograd.h", "exact avx2 stem", "a factor of the stem's input transform", "v[4] = 3.0f * d[4]", "v[4] = 2.0f * d[4]"),
     core("stem_winograd.h", "exact avx2 stem", "a sign of the stem's output transform", "0.125f * m[5] + m[6]", "0.125f * m[5] - m[6]"),

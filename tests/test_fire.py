@@ -116,7 +116,7 @@ def test_winograd_keeps_bits_nonfinite_values_and_overflow():
 
 @every_isa
 def test_winograd_of_several_images():
-    """Small images go through Winograd's products together; one with a NaN goes directly, and the others notice nothing."""
+    """An image with a NaN goes directly, and the others of its batch notice nothing."""
     params, x = weights(7, 16, 16, 40), reals(9, 7, 13, 13)
     call = ops.prepare_fire(*params)
     admits_winograd(x, params)

@@ -17,7 +17,6 @@ constexpr int64_t SERIAL_WORK = 64 * 1024;
 constexpr int64_t FLOAT_WORK = 8;
 // Floats of intermediate results, and of weights, that may be expected to stay in L2 (768 KiB and 512 KiB).
 constexpr int64_t L2_FLOATS = 192 * 1024, L2_WEIGHTS = 128 * 1024;
-constexpr int64_t ENOUGH_TILES = 64;  // of Winograd's in one pass over a fire's weights
 // And in L1 beside the weights of a chunk of columns (28 KiB).
 constexpr int64_t L1_FLOATS = 7 * 1024;
 // Of the depthwise rows of a block that goes depth first (384 KiB), and in so many steps at most.
@@ -348,7 +347,6 @@ struct FireStrip {
   static bool wins(int64_t height, int64_t width) { return ceil_div(height, 4) * ceil_div(width, 4) * 36 * 6 < height * width * 9 * 5; }
 
   int64_t row_floats() const { return width * squeeze; }
-  int64_t image_floats() const { return buffer_rows(op.height) * row_floats(); }
   int64_t buffer_rows(int64_t rows) const { return ceil_div(rows, unit) * unit + 2; }
 
   // Rows [part.begin, part.end) of the buffer, whose row 0 is the image's row `first` - 1.
@@ -394,30 +392,6 @@ struct FireStrip {
 
   int64_t tiles_w() const { return ceil_div(op.width, 4); }
   int64_t tiles() const { return ceil_div(op.height, 4) * tiles_w(); }
-
-  // How many whole images one thread expands at once. Each pass over 13x13 pixels' 16 tiles reads all weights, up to 2.4 MB, from L3, and
-  // 14 tiles fill the registers where 8 do not.
-  int64_t images_at_once(int64_t batch) const {
-    return winograd && tiles() < ENOUGH_TILES ? std::clamp<int64_t>(ENOUGH_TILES / tiles(), 1, batch) : 1;
-  }
-
-  // Those images, whose buffers follow each other.
-  void expand_images(const float* buffer, int64_t images, float* out) const {
-    const int64_t out_floats = op.height * op.width * op.out_strides.pixel;
-    PaddedConv conv = tiled(buffer, op.height, slice3x3(out));
-    conv.x_image = image_floats();
-    bool all = images > 1;
-    for (int64_t i = 0; i < images && all; ++i) all = moderate(buffer + i * image_floats(), {0, ceil_div(op.height, 4)});
-    for (int64_t i = 0; i < images; ++i) {
-      const float* const image = buffer + i * image_floats();
-      expand1x1(image, {0, op.height}, {0, panels_for(op.expand1x1.out_channels)}, out + i * out_floats);
-      if (!all) expand3x3(image, op.height, slice3x3(out + i * out_floats));
-    }
-    if (!all) return;
-    const Kernels& k = kernels();
-    k.winograd(conv, {0, images * tiles()}, {0, panels_for(op.expand3x3_channels)},
-               tile_scratch.floats(k.winograd_scratch(conv, images * tiles())));
-  }
 
   // The whole image's, its tiles split among the threads: of 49, two threads have 24 and 25, where 7 rows of them are 3 and 4.
   void expand_by_tiles(const float* buffer, float* out, const Parallel& parallel) const {
@@ -542,28 +516,14 @@ void run_fire(const Fire& op, const Parallel& parallel) {
     return;
   }
   const int64_t most = std::max<int64_t>(1, L2_FLOATS / 2 / (strip.row_floats() * strip.unit));  // units in a strip that stays in L2
-  const int64_t at_once = strip.images_at_once(op.batch / threads), least = at_once > 1 ? at_once * units : std::min(most, units);
-  parallel.pieces(op.batch * units, parallel.number_for(op.batch * units, least), [&](Range all, int64_t) {
+  parallel.pieces(op.batch * units, parallel.number_for(op.batch * units, std::min(most, units)), [&](Range all, int64_t) {
     for (int64_t u = all.begin; u < all.end;) {
-      const int64_t n = u / units, first = u - n * units, images = std::min(at_once, (all.end - u) / units);
-      float* const out = op.out + n * out_floats;
-      if (images > 1 && first == 0) {
-        float* const buffer = private_scratch.floats(images * strip.image_floats());
-        for (int64_t i = 0; i < images; ++i) {
-          float* const image = buffer + i * strip.image_floats();
-          strip.fill(op.x + (n + i) * in_floats, 0, {0, strip.buffer_rows(op.height)}, image);
-          strip.keep(image, n + i, {0, op.height});
-        }
-        strip.expand_images(buffer, images, out);
-        u += images * units;
-        continue;
-      }
-      const int64_t last = std::min({first + most, units, first + all.end - u});
+      const int64_t n = u / units, first = u - n * units, last = std::min({first + most, units, first + all.end - u});
       const Range rows{first * strip.unit, std::min(last * strip.unit, op.height)};
-      float* const buffer = private_scratch.floats(strip.buffer_rows(rows.size()) * strip.row_floats());
+      float* buffer = private_scratch.floats(strip.buffer_rows(rows.size()) * strip.row_floats());
       strip.fill(op.x + n * in_floats, rows.begin, {0, strip.buffer_rows(rows.size())}, buffer);
       strip.keep(buffer, n, rows);
-      strip.expand(buffer, rows, out);
+      strip.expand(buffer, rows, op.out + n * out_floats);
       u += last - first;
     }
   });

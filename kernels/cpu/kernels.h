@@ -157,7 +157,6 @@ struct PaddedConv {
   Epilogue epilogue;
   float* out;
   Strides out_strides;
-  int64_t x_image = 0;  // floats between the buffers of several images, whose outputs follow each other; Winograd's tiles only
 };
 
 // First layer: KxK over at most 4 channels, NCHW or channels_last, through a row buffer that carries the zero border.

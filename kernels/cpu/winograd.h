@@ -62,44 +62,19 @@ FASTCONV_INLINE void transform_tile(const float* x, int64_t row_stride, int64_t 
   }
 }
 
-// Where a tile stands, and the next ones: they count through the images, row by row.
-struct TilePlace {
-  const PaddedConv& op;
-  int64_t image, row, column;  // of the tile's first output
-  FASTCONV_INLINE TilePlace(const PaddedConv& op, int64_t tile) : op(op) {
-    const int64_t across = ceil_div(op.out_width, 4), down = ceil_div(op.out_height, 4);
-    image = tile / (across * down);
-    row = tile / across % down * 4;
-    column = tile % across * 4;
-  }
-  FASTCONV_INLINE void next() {
-    column += 4;
-    if (column < op.out_width) return;
-    column = 0;
-    row += 4;
-    if (row < op.out_height) return;
-    row = 0;
-    ++image;
-  }
-  FASTCONV_INLINE const float* x() const { return op.x + image * op.x_image + row * op.x_row_stride + column * op.x_stride; }
-  FASTCONV_INLINE int64_t pixel() const { return (image * op.out_height + row) * op.out_width + column; }
-};
-
-// To places from `first` on.
+// To places from `first` on. Tiles count through the image, row by row.
 inline void transform_tiles(const PaddedConv& op, Range tiles, const Transformed& to, int64_t first) {
-  TilePlace at(op, tiles.begin);
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first, at.next()) {
-    const float* const x = at.x();
+  const int64_t tiles_w = ceil_div(op.out_width, 4);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, ++first) {
+    const float* x = op.x + tile / tiles_w * 4 * op.x_row_stride + tile % tiles_w * 4 * op.x_stride;
     for (int64_t c = 0; c < op.in_channels; c += W)
       transform_tile(x + c, op.x_row_stride, op.x_stride, op.in_channels - c, to.data + c / PANEL * to.block + c % PANEL + first * PANEL,
                      to.plane);
   }
 }
 
-// Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written. The transform adds its sum (1, 1)
-// to every output, and with it the bias.
-template <class Activate>
-FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, Activate activate, float* out, int64_t stride,
+// Sums of one tile, (36, plane) apart, to its 4x4 outputs; those beyond height x width are not written.
+FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, const Clamp& clamp, float* out, int64_t stride,
                                  int64_t row_stride, int64_t height, int64_t width, int64_t lanes) {
   vec rows[4][6];  // A^T m
 #pragma GCC unroll 6
@@ -107,7 +82,6 @@ FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, Act
     vec column[6], to[4];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) column[i] = load(sums + (i * 6 + j) * plane);
-    if (j == 1) column[1] += bias;
     output_transform(column, to);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) rows[i][j] = to[i];
@@ -119,7 +93,7 @@ FASTCONV_INLINE void finish_tile(const float* sums, int64_t plane, vec bias, Act
     output_transform(rows[i], to);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      if (j < width) store_up_to(out + i * row_stride + j * stride, activate(to[j]), lanes);
+      if (j < width) store_up_to(out + i * row_stride + j * stride, clamp(to[j] + bias), lanes);
   }
 }
 
@@ -133,7 +107,7 @@ constexpr int64_t WINOGRAD_INPUT_FLOATS = 128 * 1024;
 inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, const Transformed& from, int64_t first, float* sums) {
   constexpr int NV = WINOGRAD_NV;
   constexpr int64_t sums_stride = NV * W, sums_plane = WINOGRAD_TILES * sums_stride;  // sums: (36, WINOGRAD_TILES, NV vectors)
-  const int64_t K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
+  const int64_t tiles_w = ceil_div(op.out_width, 4), K = op.in_channels, panel_stride = 36 * K * PANEL, pixel = op.out_strides.pixel;
   const Clamp clamp(op.epilogue.activation);
   const int64_t end = panels.end * PANEL < op.out_channels ? panels.end * PANEL : op.out_channels;
   const Pieces pieces(tiles.size(), WINOGRAD_TILES);
@@ -157,18 +131,13 @@ inline void winograd_products(const PaddedConv& op, Range tiles, Range panels, c
           to.out += MOST * sums_stride;
         }
       });
-      TilePlace at(op, tiles.begin + done);
-      const auto finish = [&](auto activate) FASTCONV_LAMBDA_INLINE {
-        for (int64_t t = 0; t < count; ++t, at.next())
-          for (int64_t c = 0; c < columns; c += W)
-            finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), activate,
-                        op.out + op.out_strides.at(at.pixel(), column + c), pixel, op.out_width * pixel, op.out_height - at.row,
-                        op.out_width - at.column, columns - c);
-      };
-      if (op.epilogue.activation == Activation::relu)
-        finish([](vec y) FASTCONV_LAMBDA_INLINE { return at_least(y, vec{}); });
-      else
-        finish([&](vec y) FASTCONV_LAMBDA_INLINE { return clamp(y); });
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t tile = tiles.begin + done + t, oh = tile / tiles_w * 4, ow = tile % tiles_w * 4;
+        for (int64_t c = 0; c < columns; c += W)
+          finish_tile(sums + t * sums_stride + c, sums_plane, load_up_to(op.epilogue.bias + column + c, columns - c), clamp,
+                      op.out + op.out_strides.at(oh * op.out_width + ow, column + c), pixel, op.out_width * pixel, op.out_height - oh,
+                      op.out_width - ow, columns - c);
+      }
     });
   }
 }
