@@ -6,6 +6,7 @@ Metadata is static, in pyproject.toml.
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -34,6 +35,9 @@ ISA_FLAGS = {
     },
     "aarch64": {"scalar": [], "neon": []},
 }
+# A matrix unit beside AVX-512's kernels: a source of its own, where the compiler knows the unit (gcc 11, clang 12).
+ISA_FLAGS["x86_64"]["amx"] = [*ISA_FLAGS["x86_64"]["avx512"], "-mavx512vbmi", "-mamx-tile", "-mamx-int8"]
+ISA_SOURCES = {"amx": "kernels/cpu/amx.cpp"}
 ISAS = ISA_FLAGS.get({"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()), {"scalar": []})
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
@@ -43,6 +47,13 @@ PYTHON_ONLY = ("module", "watch", "direct", "benchmark")  # sources of csrc that
 HARDENING = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
 # What checks arguments and lays out memory is hardened; the kernels' inner loops have no arrays that these would guard.
 CHECKED = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
+
+
+def compiles(flags):
+    """Whether the compiler and its assembler take an ISA's flags and an instruction of its own."""
+    source = 'int main() { asm volatile("tilerelease"); }'
+    command = [*os.environ.get("CXX", "g++").split(), *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def require_toolchain():
@@ -69,6 +80,8 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         require_toolchain()
+        if "amx" in ISAS and not compiles(ISAS["amx"]):
+            del ISAS["amx"]
         torch = Path(find_spec("torch").submodule_search_locations[0])  # found, not imported: its headers and libraries suffice
         include = [".", str(torch / "include"), str(torch / "include/torch/csrc/api/include"), sysconfig.get_paths()["include"]]
         isa_macros = [(f"FASTCONV_HAS_{isa.upper()}", "1") for isa in ISAS]
@@ -78,7 +91,9 @@ class Build(build_ext):
         jobs += [(source, isa_macros, CXX_FLAGS + KERNEL_FLAGS + CHECKED, "core") for source in ext.sources if source.startswith("kernels")]
         for isa, flags in ISAS.items():
             macros = isa_macros + [("FASTCONV_ISA", isa), (f"FASTCONV_ISA_IS_{isa.upper()}", "1")]
-            jobs.append(("kernels/cpu/kernels.cpp", macros, CXX_FLAGS + KERNEL_FLAGS + flags, isa))
+            if isa == "amx":
+                macros.append(("FASTCONV_ISA_IS_AVX512", "1"))
+            jobs.append((ISA_SOURCES.get(isa, "kernels/cpu/kernels.cpp"), macros, CXX_FLAGS + KERNEL_FLAGS + flags, isa))
 
         def compile_one(job):
             source, macros, flags, folder = job
@@ -121,6 +136,6 @@ class Build(build_ext):
 
 
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-sources += sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp") if path.name != "kernels.cpp")
+sources += sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp") if path.name not in ("kernels.cpp", "amx.cpp"))
 headers = sorted(str(path) for folder in ("csrc", "kernels/cpu") for path in Path(folder).glob("*.h")) + ["fastconv/schemas.inc"]
 setup(ext_modules=[Extension("fastconv._C", sources=sources, depends=headers, language="c++")], cmdclass={"build_ext": Build})

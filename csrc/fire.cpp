@@ -62,13 +62,14 @@ class FireStep : public Step {
         panels3x3_(std::move(panels3x3)),
         bias3x3_(std::move(bias3x3)),
         winograd3x3_(std::move(winograd3x3)) {
-    check(squeeze_panels_.dim() == 3, op(), "squeeze_panels must be (G, Cin, 16), got ", shape_of{squeeze_panels_});
-    squeezed_ = check_panels(op(), "squeeze_panels", squeeze_panels_, squeeze_bias_, squeeze_panels_.size(1));
-    out1_ = check_panels(op(), "panels1x1", panels1x1_, bias1x1_, squeezed_);
+    call_.squeeze = check_pointwise(op(), "squeeze_panels", squeeze_panels_, squeeze_bias_, 0, Activation::relu);
+    squeezed_ = call_.squeeze.out_channels;
+    call_.expand1x1 = check_pointwise(op(), "panels1x1", panels1x1_, bias1x1_, squeezed_, Activation::relu);
+    out1_ = call_.expand1x1.out_channels;
+    for (const PackedPointwise* weights : {&call_.squeeze, &call_.expand1x1})
+      check(weights->packing != Packing::strassen, op(), "its panels cannot be packed for Strassen's algorithm");
     out3_ = check_panels(op(), "panels3x3", panels3x3_, bias3x3_, squeezed_ * 9);
     if (winograd3x3_) check_panels(op(), "winograd3x3", *winograd3x3_, bias3x3_, squeezed_ * 36);
-    call_.squeeze = {data(squeeze_panels_), data(squeeze_bias_), squeeze_panels_.size(1), squeezed_, Activation::relu};
-    call_.expand1x1 = {data(panels1x1_), data(bias1x1_), squeezed_, out1_, Activation::relu};
     call_.panels3x3 = data(panels3x3_);
     call_.winograd3x3 = winograd3x3_ ? data(*winograd3x3_) : nullptr;
     call_.bias3x3 = data(bias3x3_);

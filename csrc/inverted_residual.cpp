@@ -15,10 +15,11 @@ class BlockStep : public Step {
     if (weights_.expand_panels) {
       const Tensor& panels = *weights_.expand_panels;
       check(weights_.expand_bias.has_value(), op, "expand_bias must be given with expand_panels");
-      check(panels.dim() == 3, op, "expand_panels must be (G, Cin, 16), got ", shape_of{panels});
-      in_channels_ = panels.size(1);
-      const int64_t expanded = check_panels(op, "expand_panels", panels, *weights_.expand_bias, in_channels_);
-      check(expanded == channels_, op, "expand_panels must give the depthwise convolution's ", channels_, " channels, got ", expanded);
+      expand_ = check_pointwise(op, "expand_panels", panels, *weights_.expand_bias, 0, activations_.expand);
+      check(expand_.packing != Packing::strassen, op, "expand_panels cannot be packed for Strassen's algorithm");
+      in_channels_ = expand_.in_channels;
+      check(expand_.out_channels == channels_, op, "expand_panels must give the depthwise convolution's ", channels_, " channels, got ",
+            expand_.out_channels);
     }
     project_ = check_pointwise(op, "project_panels", weights_.project_panels, weights_.project_bias, channels_, activations_.project);
     out_channels_ = project_.out_channels;
@@ -31,7 +32,6 @@ class BlockStep : public Step {
             " channels");
     }
     kernel_ = weights_.taps.size(0) == 9 ? 3 : 5;
-    if (expands()) expand_ = {data(*weights_.expand_panels), data(*weights_.expand_bias), in_channels_, channels_, activations_.expand};
     if (!se.empty())
       gate_ = {{data(se[0]), data(se[1]), channels_, reduced_, activations_.squeeze},
                {data(se[2]), data(se[3]), reduced_, channels_, activations_.gate}};

@@ -49,7 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled kernels";
   fastconv::choose_isa();
-  m.attr("interface") = 9;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
+  m.attr("interface") = 10;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
   m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
   m.def("set_isa", &fastconv::set_isa, py::arg("name"),

@@ -1,6 +1,7 @@
 // The operator table: every schema, and the CPU implementation behind it.
 #include "csrc/ops.h"
 
+#include <cstring>
 #include <new>
 
 namespace fastconv {
@@ -34,23 +35,32 @@ int64_t check_panels(const char* op, const char* argument, const Tensor& panels,
 
 PackedPointwise check_pointwise(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t in_channels,
                                 Activation activation) {
-  const bool strassen = panels.dim() == 1;
-  check(strassen || panels.dim() == 3, op, argument, " must be (G, Cin, 16), or one dimension for Strassen's algorithm, got ",
-        shape_of{panels});
-  if (!strassen) {
+  const int64_t dimensions = panels.dim();
+  check(dimensions >= 1 && dimensions <= 3, op, argument,
+        " must be (G, Cin, 16), or two dimensions as digits, or one for Strassen's algorithm, got ", shape_of{panels});
+  if (dimensions == 3) {
     if (in_channels == 0) in_channels = panels.size(1);
     const int64_t out_channels = check_panels(op, argument, panels, bias, in_channels);
     return {data(panels), data(bias), in_channels, out_channels, activation};
   }
   check(dense_floats(bias) && bias.dim() == 1 && bias.size(0) > 0, op, "the bias of ", argument, " must be a dense float32 (Cout,), got ",
         shape_of{bias});
+  const std::string wanted = " of " + std::to_string(bias.size(0)) + " outputs" +
+                             (in_channels ? " and " + std::to_string(in_channels) + " inputs" : std::string()) + ", got ";
+  if (dimensions == 2) {
+    int32_t packed_for = 0;
+    if (dense_floats(panels) && panels.numel() > 0) std::memcpy(&packed_for, data(panels), sizeof packed_for);
+    const DigitWeights weights{nullptr, packed_for, bias.size(0)};
+    check(packed_for > 0 && panels.size(1) == PANEL && weights.floats() == panels.numel() && (in_channels == 0 || packed_for == in_channels),
+          op, argument, " must be dense float32, packed as digits,", wanted, shape_of{panels});
+    return {data(panels), data(bias), packed_for, bias.size(0), activation, Packing::digits};
+  }
   // Floats grow by as much with every step of 32 inputs.
   const auto floats = [&](int64_t inputs) { return StrassenWeights{nullptr, inputs, bias.size(0)}.floats(); };
   const int64_t step = floats(StrassenWeights::GROUP) - floats(0);
   const int64_t inputs = (panels.numel() - floats(0)) / step * StrassenWeights::GROUP;
   check(dense_floats(panels) && inputs > 0 && floats(inputs) == panels.numel() && (in_channels == 0 || inputs == in_channels), op, argument,
-        " must be dense float32, packed for Strassen's algorithm, of ", bias.size(0), " outputs",
-        in_channels ? " and " + std::to_string(in_channels) + " inputs" : std::string(), ", got ", shape_of{panels});
+        " must be dense float32, packed for Strassen's algorithm,", wanted, shape_of{panels});
   return {data(panels), data(bias), inputs, bias.size(0), activation, Packing::strassen};
 }
 
@@ -152,6 +162,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv, CPU, m) {
   KERNEL(depthwise_backward_weight);
   PACKING(pack_panels);
   PACKING(pack_strassen);
+  PACKING(pack_digits);
   PACKING(pack_winograd);
   PACKING(pack_stem_winograd);
   PACKING(pack_taps);

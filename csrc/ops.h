@@ -83,7 +83,8 @@ void check_channels(const char* op, const Shape& x, int64_t channels);
 void check_some_pixels(const char* op, const Shape& x);
 // Panels (ceil(Cout / 16), depth, 16) with a bias (Cout,); returns Cout.
 int64_t check_panels(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t depth);
-// The same of a 1x1 convolution, whose panels may be packed for Strassen's algorithm (one dimension) and tell its inputs then; 0: any.
+// The same of a 1x1 convolution, whose panels may be packed for Strassen's algorithm (one dimension) or as digits (two) and tell its inputs
+// then; 0: any.
 PackedPointwise check_pointwise(const char* op, const char* argument, const Tensor& panels, const Tensor& bias, int64_t in_channels,
                                 Activation activation);
 void check_taps(const char* op, const Tensor& taps, const Tensor& bias, int64_t channels, const Ints& stride, const Ints& padding);

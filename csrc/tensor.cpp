@@ -269,6 +269,15 @@ Tensor pack_strassen(const Tensor& weight) {
   return packed;
 }
 
+Tensor pack_digits(const Tensor& weight) {
+  check(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.numel() > 0, "pack_digits",
+        "weight must be (Cout, Cin, 1, 1), got ", shape_of{weight});
+  const Tensor dense = dense_weight("pack_digits", weight);
+  Tensor packed = floats({DigitWeights{nullptr, weight.size(1), weight.size(0)}.floats() / PANEL, PANEL});
+  pack_digits(data(dense), weight.size(0), weight.size(1), static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
 Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
         "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});

@@ -113,6 +113,7 @@ inline const float* data(const Tensor& tensor) { return static_cast<const float*
 // Weights packed for one call, or views of ones packed before.
 Tensor pack_panels(const Tensor& weight);
 Tensor pack_strassen(const Tensor& weight);
+Tensor pack_digits(const Tensor& weight);
 Tensor pack_winograd(const Tensor& weight);
 Tensor pack_stem_winograd(const Tensor& weight);
 Tensor pack_taps(const Tensor& weight);

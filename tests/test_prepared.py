@@ -112,6 +112,7 @@ def packed_calls():
             [2, 2], [1, 1], "relu", "relu", "relu", "sigmoid", None,
         ),
         "pack_strassen": (reals(40, 64, 1, 1),),
+        "pack_digits": (reals(40, 70, 1, 1),),
         "pack_stem_winograd": (seven,),
         "stem_packed": (
             reals(2, 3, 9, 8), pack(seven), reals(5), [7, 7], [2, 2], [3, 3], "relu", torch.ops.fastconv.pack_stem_winograd(seven),
@@ -122,6 +123,7 @@ def packed_calls():
 PACKED = (
     "pack_panels",
     "pack_strassen",
+    "pack_digits",
     "pack_stem_winograd",
     "pack_taps",
     "depthwise_packed",

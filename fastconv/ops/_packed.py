@@ -37,6 +37,12 @@ def pack_strassen(weight):
     return weight.new_empty((floats,))
 
 
+def pack_digits(weight):
+    out_channels, in_channels = weight.shape[:2]
+    panels = -(-out_channels // PANEL)
+    return weight.new_empty((1 + panels * (1 + -(-in_channels // 64) * 3 * PANEL), PANEL))
+
+
 def pack_winograd(weight):
     out_channels, in_channels = weight.shape[:2]
     return weight.new_empty((-(-out_channels // PANEL), 36 * in_channels, PANEL))
@@ -86,7 +92,7 @@ def _register(fake: Callable[..., Tensor]) -> None:
 
 if _extension.available:
     for _fake in (
-        pack_panels, pack_strassen, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed, fire_expand_packed,
-        fire_packed, inverted_residual_packed, stem_packed,
+        pack_panels, pack_strassen, pack_digits, pack_winograd, pack_stem_winograd, pack_taps, depthwise_packed, pointwise_packed,
+        fire_expand_packed, fire_packed, inverted_residual_packed, stem_packed,
     ):  # fmt: skip
         _register(_fake)

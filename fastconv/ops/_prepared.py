@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +13,25 @@ from fastconv import _extension
 from fastconv.ops import _cuda
 from fastconv.ops._coverage import uncovered
 from fastconv.ops._register import has_cpu_kernel, overload
+
+
+class _Portable(threading.local):
+    """Whether this thread packs for machines of any kind."""
+
+    on = False
+
+
+_portable = _Portable()
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Weights are packed here as every machine's kernels take them at speed: for graphs that are saved."""
+    before, _portable.on = _portable.on, True
+    try:
+        yield
+    finally:
+        _portable.on = before
 
 
 class Prepared:
@@ -139,11 +160,20 @@ def pack(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.fastconv.pack_panels(weight), _bias_or_zeros(weight, bias)
 
 
-def pack_pointwise(weight: Tensor, bias: Tensor | None, label: str, *, exact: bool) -> tuple[tuple[Tensor, Tensor], str]:
-    """The same of a 1x1 convolution, unless `exact` for Strassen's algorithm where that is faster, and the label that tells so."""
-    if exact or not suits_strassen(weight):
+def pack_pointwise(
+    weight: Tensor, bias: Tensor | None, label: str, *, exact: bool, strassen: bool = True
+) -> tuple[tuple[Tensor, Tensor], str]:
+    """The same of a 1x1 convolution, unless `exact` as this machine multiplies it fastest, and the label that tells how.
+
+    strassen: whether its place allows Strassen's algorithm.
+    """
+    if exact:
         return pack(weight, bias), label
-    return (torch.ops.fastconv.pack_strassen(weight), _bias_or_zeros(weight, bias)), f"{label} strassen"
+    if suits_digits(weight):
+        return (torch.ops.fastconv.pack_digits(weight), _bias_or_zeros(weight, bias)), f"{label} digits"
+    if strassen and suits_strassen(weight):
+        return (torch.ops.fastconv.pack_strassen(weight), _bias_or_zeros(weight, bias)), f"{label} strassen"
+    return pack(weight, bias), label
 
 
 def pack_depthwise(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -152,6 +182,17 @@ def pack_depthwise(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
 def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
+
+
+def suits_digits(weight: Tensor) -> bool:
+    """Whether a 1x1 convolution goes to a matrix unit as digits: where there is one, and weights are finite.
+
+    It takes 64 inputs at a time.
+    """
+    outputs, inputs = weight.shape[:2]
+    if _extension.isa() != "amx" or _portable.on or min(inputs, outputs) < 48 or inputs > 2**15:
+        return False
+    return bool(weight.isfinite().all())
 
 
 def suits_strassen(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from fastconv.ops import _checks
-from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, operator, pack, suits_winograd
+from fastconv.ops._prepared import Prepared, PreparedBlock, arrange, choose, operator, pack, pack_pointwise, suits_winograd
 from fastconv.ops._register import overload, register
 
 
@@ -61,5 +61,8 @@ def prepare_fire(
         kind = PreparedBlock if label.endswith("triton") else Prepared
         return kind(operator("fire", label), arrange(label, *weights.values()), label)
     winograd = torch.ops.fastconv.pack_winograd(weight3x3) if not exact and suits_winograd(weight3x3) else None
-    args = (*pack(squeeze_weight, squeeze_bias), *pack(weight1x1, bias1x1), *pack(weight3x3, bias3x3), winograd)
-    return Prepared(overload("fire_packed"), args, label if winograd is None else f"{label} winograd")
+    if winograd is not None:
+        label = f"{label} winograd"
+    squeeze, squeeze_label = pack_pointwise(squeeze_weight, squeeze_bias, label, exact=exact, strassen=False)
+    expand, expand_label = pack_pointwise(weight1x1, bias1x1, label, exact=exact, strassen=False)
+    return Prepared(overload("fire_packed"), (*squeeze, *expand, *pack(weight3x3, bias3x3), winograd), max(squeeze_label, expand_label, key=len))

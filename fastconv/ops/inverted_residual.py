@@ -63,6 +63,7 @@ def prepare_inverted_residual(
     squeeze_excite: tuple | None = None,
     activation: str | None = None,
     exact: bool = False,
+    strassen: bool = True,
 ) -> PreparedResidual:
     """Binds MobileNet's block, V1 to V3, to its weights: returns call(x, residual=None).
 
@@ -70,7 +71,7 @@ def prepare_inverted_residual(
     expand_weight: None for a block without an expand.
     squeeze_excite: (reduce_weight, reduce_bias, expand_weight, expand_bias, squeeze_activation, gate_activation): the depthwise's
     output y is multiplied by gate(expand(squeeze(reduce(mean of y's pixels)))), with 1x1 weights; the gate is "hardsigmoid" or "sigmoid".
-    exact: see prepare_pointwise.
+    exact, strassen: see prepare_pointwise.
     """
     stride, padding = _checks.stride_padding("inverted_residual", stride, padding)
     *gate_weights, squeeze_activation, gate_activation = squeeze_excite or (None, None)
@@ -92,11 +93,14 @@ def prepare_inverted_residual(
         if label.endswith("triton"):
             return PreparedBlock(_triton_block, args, label, after)
         return PreparedResidual(_block, args, label, after)
-    expand = (None, None) if expand_weight is None else pack(expand_weight, expand_bias)
-    project, label = pack_pointwise(project_weight, project_bias, label, exact=exact)
+    project, kernel = pack_pointwise(project_weight, project_bias, label, exact=exact, strassen=strassen)
+    expand = (None, None)
+    if expand_weight is not None:
+        expand, expand_kernel = pack_pointwise(expand_weight, expand_bias, label, exact=exact, strassen=False)
+        kernel = max(kernel, expand_kernel, key=len)
     gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
     args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *project)
-    return PreparedResidual(overload("inverted_residual_packed"), args, label, after)
+    return PreparedResidual(overload("inverted_residual_packed"), args, kernel, after)
 
 
 def _triton_block(x, *args):

@@ -25,12 +25,18 @@ def pointwise(
     return _pointwise(x, weight, bias, residual, activation)
 
 
-def prepare_pointwise(weight: Tensor, bias: Tensor | None, *, activation: str | None, exact: bool = False) -> PreparedResidual:
-    """Binds `pointwise` to its weights: returns call(x, residual=None). Unless `exact`, by Strassen's algorithm where that is faster."""
+def prepare_pointwise(
+    weight: Tensor, bias: Tensor | None, *, activation: str | None, exact: bool = False, strassen: bool = True
+) -> PreparedResidual:
+    """Binds `pointwise` to its weights: returns call(x, residual=None).
+
+    exact: by direct sums in fp32, not as digits by a matrix unit, nor by Strassen's algorithm, which the layer's place may rule out too
+    (strassen=False).
+    """
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
         return PreparedResidual(operator("pointwise", label), arrange(label, weight, bias), label, (activation,))
-    args, label = pack_pointwise(weight, bias, label, exact=exact)
+    args, label = pack_pointwise(weight, bias, label, exact=exact, strassen=strassen)
     return PreparedResidual(overload("pointwise_packed"), args, label, (activation,))
 
 

@@ -215,10 +215,10 @@ class Kernel:
             return Conv2d(*self.layers[0].folded(), self.layers[0])
         weights = [tensor for layer in self.layers for tensor in (layer.folded() if layer else (None, None))]
         options = dict(self.options)
-        if self.op in ("fire", "stem"):
+        if self.op in ("fire", "stem", "pointwise", "separable", "inverted_residual"):
             options["exact"] = exact
         if self.op in ("pointwise", "separable", "inverted_residual"):
-            options["exact"] = exact or reduction > _MOST_REDUCTION
+            options["strassen"] = reduction <= _MOST_REDUCTION
         if self.squeeze_excite:
             reduce, expand, gate = self.squeeze_excite
             w1, b1, w2, b2 = (*_as_conv(reduce), *_as_conv(expand))

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fastconv import _extension
+from fastconv.ops._prepared import Prepared, portable
 from fastconv.optimize.gpu import join, joined
 from fastconv.optimize.layers import Kernel, Source
 from fastconv.optimize.match import Hazard, match
@@ -366,6 +367,14 @@ class Plan:
                     self._ready = ready
             return self._ready
 
+    def prepare_portably(self) -> Ready:
+        """The same with weights packed as every machine's kernels take them."""
+        ready = self.prepare()
+        if not any(isinstance(call, Prepared) and call.kernel.endswith("digits") for call, _, _ in ready.steps or ()):
+            return ready
+        with self._lock, torch.inference_mode(False), torch.no_grad(), portable():
+            return self._renewed(None)
+
     def _renewed(self, old: Ready | None) -> Ready:
         program = old.program if old and old.watch.same_structure() else None
         watch = program and Watch(self.module, program.sources)
@@ -408,8 +417,10 @@ class Plan:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         grad = torch.is_grad_enabled()
-        if not kwargs and args and exporting() and all(isinstance(x, Tensor) and not x.requires_grad for x in args) and snapshot(self):
-            return self.follow(self._ready, *args, whole=Whole.network)
+        if not kwargs and args and exporting() and all(isinstance(x, Tensor) and not x.requires_grad for x in args):
+            ready = snapshot(self)
+            if ready is not None:
+                return self.follow(ready, *args, whole=Whole.network)
         if kwargs or not args or not all(plain(x) and not (grad and x.requires_grad) for x in args):
             return getattr(self.module, self.method)(*args, **kwargs)
         return self.run(*args)

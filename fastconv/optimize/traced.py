@@ -23,7 +23,7 @@ from fastconv.ops._register import library
 from fastconv.optimize.layers import Kernel, Layer
 
 if TYPE_CHECKING:
-    from fastconv.optimize.plan import Plan, Program
+    from fastconv.optimize.plan import Plan, Program, Ready
     from fastconv.optimize.whole import Direct
 
 T = TypeVar("T")
@@ -125,14 +125,13 @@ def exporting() -> bool:
     return not (torch.onnx.is_in_onnx_export() or torch._C._is_any_autocast_enabled())
 
 
-def snapshot(plan: Plan) -> bool:
-    """Prepares the plan during an export, which has put fake tensors where the parameters were. Whether it could."""
+def snapshot(plan: Plan) -> Ready | None:
+    """The plan prepared during an export, which has put fake tensors where the parameters were; None where it could not be."""
     with _real_tensors(plan.module) as found:
-        if found:
-            elsewhere(plan.prepare)
+        ready = elsewhere(plan.prepare_portably) if found else None
     if not found:
         warnings.warn("fastconv: this export hides the module's real parameters; it is exported as plain torch", stacklevel=2)
-    return found
+    return ready
 
 
 @contextmanager

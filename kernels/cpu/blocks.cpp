@@ -1,10 +1,12 @@
 #include "kernels/cpu/blocks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/pack.h"
 #include "kernels/cpu/scratch.h"
 
 namespace fastconv {
@@ -107,10 +109,80 @@ struct StrassenScratch {
   }
 };
 
+// Weights as digits without a matrix unit, or of pixels that are not for it: panel by panel as plain ones.
+void multiply_unpacked(const Pointwise& op, Range pixels, Range panels) {
+  const int64_t floats = op.in_channels * PANEL;
+  float* const memory = unpack_scratch.floats(2 * floats);
+  for (int64_t g = panels.begin; g < panels.end; ++g) {
+    const int64_t column = g * PANEL;
+    unpack_digits_panel(op.digits(), g, memory + floats, memory);
+    Pointwise plain = op;
+    plain.packing = Packing::panels;
+    plain.panels = memory;
+    plain.out_channels = std::min(PANEL, op.out_channels - column);
+    plain.epilogue.bias += column;
+    if (plain.epilogue.residual) plain.epilogue.residual += plain.epilogue.residual_strides.at(0, column);
+    plain.out += plain.out_strides.at(0, column);
+    plain.more_pixels = 0;
+    plain.soon = {};
+    kernels().pointwise(plain, pixels, {0, 1});
+  }
+}
+
+int64_t next_input_id() {
+  static std::atomic<int64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+constexpr int64_t DIGIT_STRIP = 128 * 1024;  // floats of digits that stay in L2 (512 KiB)
+
+// Pixels at a time: as digits in L2; or, where all weights stay there (1 MiB), in L1 beside those of a panel.
+int64_t digit_strip(const Pointwise& op, int64_t pixels, int64_t panels) {
+  constexpr int64_t WEIGHTS = 256 * 1024, SMALL_STRIP = 8 * 1024, LEAST = DigitPixels::ROWS;
+  const DigitWeights weights = op.digits();
+  const int64_t each = weights.panel_floats() / DigitPixels::ROWS;
+  const bool small = panels * weights.panel_floats() <= WEIGHTS && !(op.input_id && pixels * each <= DIGIT_STRIP);
+  const int64_t most = std::max<int64_t>((small ? SMALL_STRIP : DIGIT_STRIP) / each / LEAST, 1) * LEAST;
+  return ceil_div(ceil_div(pixels, ceil_div(pixels, most)), LEAST) * LEAST;
+}
+
+// Panels of pixels that stand split.
+void multiply_split(const Pointwise& op, Range pixels, Range panels, const DigitPixels& digits) {
+  kernels().digits_multiply(op, pixels, panels, digits);
+  const char *const marks = digits.extraordinary(), *const end = marks + pixels.size();
+  for (const char* at = marks; (at = static_cast<const char*>(std::memchr(at, 1, end - at))); ++at) {
+    const int64_t pixel = pixels.begin + (at - marks);
+    multiply_unpacked(op, {pixel, pixel + 1}, panels);
+  }
+}
+
+// What the calling thread has split last.
+thread_local struct {
+  int64_t input_id = 0;
+  Range pixels{0, 0};
+} split_last;
+
+void multiply_digits(const Pointwise& op, Range pixels, Range panels) {
+  const Kernels& k = kernels();
+  if (!k.digits_multiply) return multiply_unpacked(op, pixels, panels);
+  if (pixels.size() <= 0) return;
+  const int64_t at_once = digit_strip(op, pixels.size(), panels.size());
+  const int64_t floats = DigitPixels{nullptr, op.in_channels, at_once}.floats();
+  for (int64_t first = pixels.begin; first < pixels.end; first += at_once) {
+    const Range strip{first, std::min(first + at_once, pixels.end)};
+    const DigitPixels digits{digit_scratch.floats(floats), op.in_channels, strip.size()};
+    const bool there = op.input_id && op.input_id == split_last.input_id && strip.begin == split_last.pixels.begin && strip.end == split_last.pixels.end;
+    if (!there) k.digits_split(op, strip, digits);
+    split_last = {op.input_id, strip};
+    multiply_split(op, strip, panels, digits);
+  }
+}
+
 // A product by the calling thread.
 void multiply(const Pointwise& op, Range pixels, Range panels) {
   const Kernels& k = kernels();
   if (op.packing == Packing::panels) return k.pointwise(op, pixels, panels);
+  if (op.packing == Packing::digits) return multiply_digits(op, pixels, panels);
   const Range pairs = op.pairs(pixels);
   const int64_t at_once = strip_pairs(op.in_channels, pairs.size());
   const StrassenScratch memory(op.in_channels, at_once);
@@ -181,9 +253,10 @@ int64_t pairs_within(int64_t image, int64_t part) {
 }
 
 void run_pointwise(const Pointwise& op, int64_t pixels, const Parallel& parallel) {
-  const Kernels& k = kernels();
   if (op.packing == Packing::strassen) return run_strassen(op, pixels, parallel);
-  split_product(parallel, pixels, op.in_channels, op.out_channels, [&](Range range, Range panels) { k.pointwise(op, range, panels); });
+  Pointwise numbered = op;
+  if (op.packing == Packing::digits) numbered.input_id = next_input_id();
+  split_product(parallel, pixels, op.in_channels, op.out_channels, [&](Range range, Range panels) { multiply(numbered, range, panels); });
 }
 
 void run_conv(const Conv& image, int64_t batch, const Parallel& parallel) {
@@ -351,7 +424,6 @@ struct FireStrip {
 
   // Rows [part.begin, part.end) of the buffer, whose row 0 is the image's row `first` - 1.
   void fill(const float* x, int64_t first, Range part, float* buffer) const {
-    const Kernels& k = kernels();
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t h = first - 1 + i;
       float* row = buffer + i * row_floats();
@@ -363,7 +435,7 @@ struct FireStrip {
       std::memset(row + (op.width + 1) * squeeze, 0, (width - op.width - 1) * squeeze * sizeof(float));
       Pointwise call = product(op.squeeze, x + h * op.width * op.x_strides.pixel, op.x_strides, row + squeeze, squeeze);
       if (i + 1 < part.end && h + 1 < op.height) call.more_pixels = op.width;
-      k.pointwise(call, {0, op.width}, {0, panels_for(squeeze)});
+      multiply(call, {0, op.width}, {0, panels_for(squeeze)});
     }
   }
 
@@ -379,7 +451,7 @@ struct FireStrip {
     for (int64_t i = 0; i < rows.size(); ++i) {
       const float* row = buffer + (i + 1) * row_floats() + squeeze;
       float* to = out + (rows.begin + i) * op.width * op.out_strides.pixel;
-      kernels().pointwise(product(op.expand1x1, row, squeeze, to, op.out_strides), {0, op.width}, panels);
+      multiply(product(op.expand1x1, row, squeeze, to, op.out_strides), {0, op.width}, panels);
     }
   }
   float* slice3x3(float* out) const { return out + op.out_strides.at(0, op.expand1x1.out_channels); }
@@ -675,14 +747,40 @@ struct Block {
       }
       float* const out = middle ? middle + band * op.out_width * middle_strides.pixel : strip;
       const Strides out_strides = middle ? middle_strides : strip_strides;
+      const auto expansion = [&](const Range& run) {
+        const int64_t row = run.begin % slots * row_floats;
+        const float* from = buffered ? input + row : image(n) + run.begin * op.width * op.x_strides.pixel;
+        return product(op.expand, from, buffered ? ring_strides : op.x_strides, ring + row, ring_strides);
+      };
+      // As digits, the runs' inputs are split once for all groups.
+      const bool splits = op.expands() && op.expand.packing == Packing::digits && k.digits_split;
+      DigitPixels digits[2 * MOST_STEPS];
+      if (splits) {
+        int64_t floats = 0;
+        const auto each_run = [&](const auto& f) {
+          for (int64_t s = 0; s < count; ++s)
+            for (int64_t i = 0; i < steps[s].runs; ++i) f(digits[2 * s + i], steps[s].made[i]);
+        };
+        each_run([&](DigitPixels& to, const Range& run) {
+          to = {nullptr, op.in_channels, run.size() * op.width};
+          floats += to.floats();
+        });
+        float* memory = band_scratch.floats(floats);
+        each_run([&](DigitPixels& to, const Range& run) {
+          to.data = memory;
+          memory += to.floats();
+          k.digits_split(expansion(run), {0, to.pixels}, to);
+        });
+      }
       for (int64_t panel = 0; panel < all_panels; panel += group) {
         const Range panels{panel, std::min(panel + group, all_panels)};
         for (const Step* now = steps; now < steps + count; ++now) {
-          for (const Range* run = now->made; run < now->made + now->runs; ++run) {
-            const int64_t row = run->begin % slots * row_floats;
-            const float* from = buffered ? input + row : image(n) + run->begin * op.width * op.x_strides.pixel;
-            k.pointwise(product(op.expand, from, buffered ? ring_strides : op.x_strides, ring + row, ring_strides),
-                        {0, run->size() * op.width}, panels);
+          for (int64_t i = 0; i < now->runs; ++i) {
+            const Range pixels{0, now->made[i].size() * op.width};
+            if (splits)
+              multiply_split(expansion(now->made[i]), pixels, panels, digits[2 * (now - steps) + i]);
+            else
+              multiply(expansion(now->made[i]), pixels, panels);
           }
           float* const to_rows = out + (now->out.begin - band) * op.out_width * out_strides.pixel;
           const Depthwise call = ringed ? depthwise(ring, ring_strides, slots, to_rows, out_strides)
@@ -751,9 +849,9 @@ struct Block {
         sum_rows(n, part, range);
       });
     };
-    const auto expand = [&](Range range, Range panels) {
-      k.pointwise(product(op.expand, x, op.x_strides, expanded, expanded_strides), range, panels);
-    };
+    Pointwise expansion = product(op.expand, x, op.x_strides, expanded, expanded_strides);
+    if (op.expand.packing == Packing::digits) expansion.input_id = next_input_id();
+    const auto expand = [&](Range range, Range panels) { multiply(expansion, range, panels); };
     fetch_gate(pixels, parallel);
     const auto channels_of = [&](Range panels) { return Range{panels.begin * PANEL, std::min(panels.end * PANEL, channels)}; };
     const auto pool = [&](Range range) {

@@ -30,6 +30,7 @@ struct PackedPointwise {
   Packing packing = Packing::panels;
   int64_t floats() const {
     if (packing == Packing::strassen) return StrassenWeights{panels, in_channels, out_channels}.floats();
+    if (packing == Packing::digits) return DigitWeights{panels, in_channels, out_channels}.floats();
     return in_channels * panels_for(out_channels) * PANEL;
   }
 };

@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef FASTCONV_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastconv {
 
 #define FASTCONV_DECLARE(isa)   \
@@ -21,6 +27,43 @@ FASTCONV_DECLARE(avx512)
 FASTCONV_DECLARE(neon)
 #endif
 
+#ifdef FASTCONV_HAS_AMX
+namespace amx {
+
+extern void (*const split)(const Pointwise&, Range pixels, const DigitPixels& parts);
+extern void (*const multiply)(const Pointwise&, Range pixels, Range panels, const DigitPixels& parts);
+
+// AVX-512's table with the matrix unit's kernels. (Made here: no code compiled for an ISA may run before that ISA is chosen.)
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels made = avx512::kernels;
+    made.isa = "amx";
+    made.info[0].tile = "16x16 in digits, else 14x32, 8x48, 14x16";
+    made.digits_split = split;
+    made.digits_multiply = multiply;
+    return made;
+  }();
+  return table;
+}
+
+// Whether the CPU has it and the system lets this process use it, which Linux wants to be asked once.
+bool supported() {
+  static const bool granted = [] {
+    constexpr unsigned BYTE_PERMUTATIONS = 1u << 1, TILES = 1u << 24, INT8 = 1u << 25;  // of leaf 7's ecx, and of its edx
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;           // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+#ifdef FASTCONV_EMULATED_TILES
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & BYTE_PERMUTATIONS);
+#endif
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & BYTE_PERMUTATIONS) || !(d & TILES) || !(d & INT8)) return false;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  }();
+  return granted;
+}
+
+}  // namespace amx
+#endif
+
 namespace {
 
 struct Entry {
@@ -35,8 +78,12 @@ std::vector<Entry> table() {
   entries.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
 #ifdef FASTCONV_HAS_AVX512
-  entries.push_back({&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")});
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq");
+  entries.push_back({&avx512::kernels, avx512});
+#ifdef FASTCONV_HAS_AMX
+  entries.push_back({&amx::kernels(), avx512 && amx::supported()});
+#endif
 #endif
 #ifdef FASTCONV_HAS_NEON
   entries.push_back({&neon::kernels, true});  // part of the aarch64 baseline

@@ -109,7 +109,22 @@ struct StrassenWeights {
     return in_channels + groups() * group_floats() + panels_for(out_channels % GROUP) * in_channels * PANEL;
   }
 };
-enum class Packing { panels, strassen };
+
+// Packed for a matrix unit (digits.h): every weight as three signed bytes. A header of 16 words that begins with in_channels; what each
+// output's sum is multiplied by; and of every panel, chunks of 64 inputs by three digits, the largest first, by 16 x 16 words, of which
+// word (i, n) holds inputs 4 i to 4 i + 3 of the chunk.
+struct DigitWeights {
+  const float* data;
+  int64_t in_channels, out_channels;
+  static constexpr int64_t HEADER = 16, CHUNK = 64, TILE = PANEL * PANEL, DIGITS = 3;  // floats, but for CHUNK's inputs
+  static constexpr int UNITS = 16;  // sums of products of the largest digits count 2^32; half of that in this scale, half in the pixel's
+  FASTCONV_SHARED int64_t chunks() const { return ceil_div(in_channels, CHUNK); }
+  FASTCONV_SHARED int64_t panel_floats() const { return chunks() * DIGITS * TILE; }
+  FASTCONV_SHARED const float* scales() const { return data + HEADER; }
+  FASTCONV_SHARED const float* panel(int64_t g) const { return scales() + panels_for(out_channels) * PANEL + g * panel_floats(); }
+  FASTCONV_SHARED int64_t floats() const { return panel(panels_for(out_channels)) - data; }
+};
+enum class Packing { panels, strassen, digits };
 
 // 1x1 convolution: a matrix product over pixels.
 struct Pointwise {
@@ -124,12 +139,28 @@ struct Pointwise {
   Fetch soon = {};                    // what is read after this product
   Packing packing = Packing::panels;  // of `panels`
   int64_t pairs_within = 2;           // Strassen's: pixels in so many are paired from the first on, an odd last one stays alone; 1: all do
+  int64_t input_id = 0;               // products of one number, but for 0, read the same inputs: what is made of them serves again
   FASTCONV_SHARED StrassenWeights strassen() const { return {panels, in_channels, out_channels}; }
+  FASTCONV_SHARED DigitWeights digits() const { return {panels, in_channels, out_channels}; }
   // Of pixels from a pair's first on, up to a pair's end.
   FASTCONV_SHARED Range pairs(Range pixels) const {
     const auto before = [&](int64_t pixel) { return pixel / pairs_within * ceil_div(pairs_within, 2) + ceil_div(pixel % pairs_within, 2); };
     return {before(pixels.begin), before(pixels.end)};
   }
+};
+
+// Pixels as digits, 16 to a tile: (tile, chunk of 64 inputs, digit, 16 x 64 bytes); what each pixel's sums are multiplied by; and, a byte
+// each, which pixels are not ordinary.
+struct DigitPixels {
+  float* data;
+  int64_t in_channels, pixels;
+  static constexpr int64_t ROWS = 16;
+  FASTCONV_SHARED int64_t tiles() const { return ceil_div(pixels, ROWS); }
+  FASTCONV_SHARED int64_t tile_floats() const { return DigitWeights{nullptr, in_channels, 0}.panel_floats(); }
+  FASTCONV_SHARED float* tile(int64_t t) const { return data + t * tile_floats(); }
+  FASTCONV_SHARED float* scales() const { return tile(tiles()); }
+  FASTCONV_SHARED char* extraordinary() const { return reinterpret_cast<char*>(scales() + tiles() * ROWS); }
+  FASTCONV_SHARED int64_t floats() const { return tiles() * (tile_floats() + 2 * ROWS); }
 };
 
 // Dense KxK convolution of one image, channels innermost. Taps that fall outside the image read `zeros`, so no padded copy is made.
@@ -309,6 +340,10 @@ struct Kernels {
   void (*strassen_multiply)(const Pointwise&, Range pairs, Range panels, float* transformed, float* scratch);
   int64_t (*strassen_floats)(int64_t in_channels, int64_t pairs);
   int64_t (*strassen_scratch)(int64_t in_channels);
+  // Pointwise by a matrix unit; null where there is none. Pixels, split once, for any panels; those that are not ordinary are marked, their
+  // outputs are left for the caller to make.
+  void (*digits_split)(const Pointwise&, Range pixels, const DigitPixels& parts);
+  void (*digits_multiply)(const Pointwise&, Range pixels, Range panels, const DigitPixels& parts);
   // 3x3 by Winograd F(4x4, 3x3), panels of pack_winograd; the buffer's border reaches to whole tiles of 4x4 outputs. Tiles count through
   // the image, row by row.
   void (*winograd)(const PaddedConv&, Range tiles, Range panels, float* scratch);

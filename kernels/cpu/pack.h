@@ -82,6 +82,54 @@ inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_
   pack_panels(weight + grouped * in_channels, out_channels - grouped, in_channels, 1, writable(to.rest()));
 }
 
+// (Cout, Cin), all finite, to DigitWeights. An output's weights are scaled by a power of two to integers of 24 bits, whose digits are to
+// base 256.
+inline void pack_digits(const float* weight, int64_t out_channels, int64_t in_channels, float* packed) {
+  constexpr int64_t CHUNK = DigitWeights::CHUNK, TILE = DigitWeights::TILE, DIGITS = DigitWeights::DIGITS;
+  constexpr double MOST = 0x7f7f7f;  // of three digits, each from -128 to 127
+  const DigitWeights to{packed, in_channels, out_channels};
+  std::memset(packed, 0, to.floats() * sizeof(float));
+  const int32_t inputs = static_cast<int32_t>(in_channels);
+  std::memcpy(packed, &inputs, sizeof inputs);
+  for (int64_t n = 0; n < out_channels; ++n) {
+    double largest = 0;
+    for (int64_t k = 0; k < in_channels; ++k) largest = std::max(largest, std::fabs(static_cast<double>(weight[n * in_channels + k])));
+    int exponent = largest > 0 ? 22 - std::ilogb(largest) : 0;
+    if (std::ldexp(largest, exponent) > MOST) --exponent;
+    packed[to.scales() + n - packed] = static_cast<float>(std::ldexp(1.0, DigitWeights::UNITS - exponent));
+    for (int64_t k = 0; k < in_channels; ++k) {
+      int64_t rest = std::llrint(std::ldexp(static_cast<double>(weight[n * in_channels + k]), exponent));
+      const int64_t i = k % CHUNK;
+      const float* const word = to.panel(n / PANEL) + k / CHUNK * DIGITS * TILE + i / 4 * PANEL + n % PANEL;
+      for (int64_t digit = DIGITS; digit-- > 0;) {
+        const int8_t lowest = static_cast<int8_t>(rest & 0xff);
+        std::memcpy(reinterpret_cast<char*>(packed + (word + digit * TILE - packed)) + i % 4, &lowest, 1);
+        rest = (rest - lowest) / 256;
+      }
+    }
+  }
+}
+
+// Panel `g` of them as pack_panel makes it, of the weights that the digits stand for. `rows`: memory for in_channels * 16 floats.
+inline void unpack_digits_panel(const DigitWeights& from, int64_t g, float* rows, float* panel) {
+  constexpr int64_t CHUNK = DigitWeights::CHUNK, TILE = DigitWeights::TILE, DIGITS = DigitWeights::DIGITS;
+  const int64_t channels = std::min(PANEL, from.out_channels - g * PANEL);
+  for (int64_t n = 0; n < channels; ++n)
+    for (int64_t k = 0; k < from.in_channels; ++k) {
+      const int64_t i = k % CHUNK;
+      const float* const word = from.panel(g) + k / CHUNK * DIGITS * TILE + i / 4 * PANEL + n;
+      int32_t sum = 0;
+      for (int64_t digit = 0; digit < DIGITS; ++digit) {
+        int8_t value;
+        std::memcpy(&value, reinterpret_cast<const char*>(word + digit * TILE) + i % 4, 1);
+        sum = sum * 256 + value;
+      }
+      rows[n * from.in_channels + k] =
+          static_cast<float>(std::ldexp(static_cast<double>(sum) * from.scales()[g * PANEL + n], -DigitWeights::UNITS));
+    }
+  pack_panel(rows, channels, from.in_channels, 1, 0, panel);
+}
+
 // Panel `g` of (Cout, Cin, 3, 3) -> panels (ceil(Cout / 16), 36 * Cin, 16) of G w G^T for Winograd F(4x4, 3x3), in double until the last
 // rounding: first along the columns, then along the rows, 16 output channels at a time.
 inline void pack_winograd_panel(const float* weight, int64_t out_channels, int64_t in_channels, int64_t g, float* panel) {

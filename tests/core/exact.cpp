@@ -175,7 +175,8 @@ struct Problem {
   int64_t n, h, w, in, middle, out;  // middle: channels between, where the operator has them
   int64_t kernel, sh, sw, ph, pw;
   Activation between = Activation::none;
-  bool winograd = false, strassen = false;
+  bool winograd = false;
+  Packing packing = Packing::panels;  // of 1x1 convolutions that can have it
   int64_t out_h() const { return (h + 2 * ph - kernel) / sh + 1; }
   int64_t out_w() const { return (w + 2 * pw - kernel) / sw + 1; }
   int64_t pixels() const { return n * h * w; }
@@ -198,10 +199,10 @@ struct Current {
     const Problem& p = problem;
     std::snprintf(text, sizeof(text),
                   "%s shape=%ld,%ld,%ld,%ld middle=%ld out=%ld kernel=%ld stride=%ld,%ld padding=%ld,%ld layout=%s dtype=float32 "
-                  "epilogue=bias,%s%s,%s%s%s",
+                  "epilogue=bias,%s%s,%s%s%s%s",
                   p.op, p.n, p.in, p.h, p.w, p.middle, p.out, p.kernel, p.sh, p.sw, p.ph, p.pw, layout.name, name_of(p.between),
                   epilogue.residual ? ",residual" : "", name_of(epilogue.activation), p.winograd ? " winograd" : "",
-                  p.strassen ? " strassen" : "");
+                  p.packing == Packing::strassen ? " strassen" : "", p.packing == Packing::digits ? " digits" : "");
     return text;
   }
 } current;
@@ -292,10 +293,13 @@ struct Layer {
     packing = Packing::panels;
     pack_panels(weight.data(), out, in, taps, place(panels_for(out) * taps * in * PANEL, at_end));
   }
-  void pack_for(bool strassen, bool at_end) {
-    if (!strassen) return pack(at_end);
-    packing = Packing::strassen;
-    pack_strassen(weight.data(), out, in, place(StrassenWeights{nullptr, in, out}.floats(), at_end));
+  void pack_as(Packing wanted, bool at_end) {
+    if (wanted == Packing::panels) return pack(at_end);
+    packing = wanted;
+    if (wanted == Packing::strassen)
+      return pack_strassen(weight.data(), out, in, place(StrassenWeights{nullptr, in, out}.floats(), at_end));
+    float* const aligned = place(ceil_div(DigitWeights{nullptr, in, out}.floats(), PANEL) * PANEL, at_end);
+    pack_digits(weight.data(), out, in, aligned);
   }
   void pack_as_taps(bool at_end) { pack_taps(weight.data(), out, taps, place(out * taps, at_end)); }
   PackedPointwise product(Activation activation) const { return {panels, packed_bias, in, out, activation, packing}; }
@@ -324,13 +328,13 @@ struct DepthwiseOp : Operator {
 
 struct PointwiseOp : Operator {
   Layer layer;
-  bool strassen = false;
+  Packing packing = Packing::panels;
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
-    strassen = p.strassen;
+    packing = p.packing;
     layer.make(integers, p.in, p.out, 1, 4);
     return multiply(x, p.in, p.out, layer.weight, layer.bias);
   }
-  void pack(bool at_end) override { layer.pack_for(strassen, at_end); }
+  void pack(bool at_end) override { layer.pack_as(packing, at_end); }
   void run(const Problem& p, const Image& x, const Epilogue& epilogue, const Image& out, const Parallel& parallel) const override {
     Epilogue own = epilogue;
     own.bias = layer.packed_bias;
@@ -429,14 +433,17 @@ struct FireExpandOp : Operator {
 struct FireOp : FireExpandOp {
   Layer squeeze;
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
+    packing = p.packing;
     squeeze.make(integers, p.in, 4 + p.in % 13, 1, 2);
     Floats strip = multiply(x, p.in, squeeze.out, squeeze.weight, squeeze.bias);
     activate_all(strip, Activation::relu);
     return expand(p, strip, squeeze.out, integers);
   }
+  Packing packing = Packing::panels;
   void pack(bool at_end) override {
-    squeeze.pack(at_end);
+    squeeze.pack_as(packing, at_end);
     FireExpandOp::pack(at_end);
+    if (packing == Packing::digits) one.pack_as(packing, at_end);
   }
   void run(const Problem& p, const Image& x, const Epilogue&, const Image& out, const Parallel& parallel) const override {
     run_fire({x.data, x.strides, p.n, p.h, p.w, squeeze.product(Activation::relu), one.product(Activation::relu), three.panels,
@@ -448,9 +455,9 @@ struct FireOp : FireExpandOp {
 // separable where middle is 0, else inverted_residual.
 struct BlockOp : Operator {
   Layer expand, depthwise, project;
-  bool strassen = false;  // for the projection
+  Packing packing = Packing::panels;
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
-    strassen = p.strassen;
+    packing = p.packing;
     const int64_t channels = p.middle ? p.middle : p.in;
     Floats y = x;
     expand.out = 0;
@@ -466,9 +473,9 @@ struct BlockOp : Operator {
     return multiply(y, channels, p.out, project.weight, project.bias);
   }
   void pack(bool at_end) override {
-    if (expand.out) expand.pack(at_end);
+    if (expand.out) expand.pack_as(packing == Packing::digits ? packing : Packing::panels, at_end);
     depthwise.pack_as_taps(at_end);
-    project.pack_for(strassen, at_end);
+    project.pack_as(packing, at_end);
   }
   void run(const Problem& p, const Image& x, const Epilogue& epilogue, const Image& out, const Parallel& parallel) const override {
     run_inverted_residual({x.data,
@@ -601,6 +608,7 @@ void check(const Problem& p, const std::vector<Layout>& layouts, const std::vect
         current.epilogue = epilogues[e];
         const Epilogue epilogue{nullptr, epilogues[e].residual ? added.data : nullptr, added.strides, epilogues[e].activation};
         for (size_t i = 0; i < isas.size(); ++i) {
+          if (isas[i] == "amx" && p.packing != Packing::digits) continue;  // AVX-512's kernels
           if (isas.size() > 1) set_isa(isas[i]);
           with_team(current_team, [&](const Parallel& parallel) { op.run(p, in, epilogue, out, parallel); });
           compare(out, wanted[e], border, bound, p.winograd ? p.middle : p.out);
@@ -653,7 +661,7 @@ void pointwise_cases() {
 
 void strassen_cases() {
   const auto strassen = [](Problem p) {
-    p.strassen = true;
+    p.packing = Packing::strassen;
     return p;
   };
   const std::vector<Finish> epilogues = each({ALL[0], ALL[2], ALL[3], ALL[4]}, true);
@@ -678,6 +686,36 @@ void strassen_cases() {
           p.between = Activation::relu6;
           check<BlockOp>(p, {LAYOUTS[0], LAYOUTS[2]}, each({Activation::none, Activation::relu}, true));
         }
+}
+
+// Sums of digits of integers are exact too: the digits that are left out are zero.
+void digits_cases() {
+  const auto digits = [](Problem p) {
+    p.packing = Packing::digits;
+    return p;
+  };
+  const std::vector<Finish> epilogues = each({ALL[0], ALL[2], ALL[3], ALL[4]}, true);
+  for (const int64_t pixels : {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 49, 57})
+    for (const int64_t in : {1, 15, 16, 17, 48, 63, 64, 65, 130})
+      for (const int64_t out : {1, 8, 15, 16, 17, 48, 56, 100})
+        check<PointwiseOp>(digits({"digits", 1, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}), EVERY, epilogues);
+  for (const int64_t pixels : {13, 49, 100, 225})
+    for (const int64_t in : {256, 600})
+      for (const int64_t out : {96, 520, 1000})
+        check<PointwiseOp>(digits({"digits", 2, 1, pixels, in, 0, out, 1, 1, 1, 0, 0}), {LAYOUTS[0], LAYOUTS[1], LAYOUTS[2]},
+                           each({Activation::relu}, true));
+  for (const auto& [h, w] : {std::array<int64_t, 2>{1, 1}, {3, 5}, {5, 4}, {7, 7}, {14, 14}, {29, 15}, {56, 9}})
+    for (const auto& [in, out] : {std::array<int64_t, 2>{48, 40}, {64, 64}, {100, 72}})
+      for (const int64_t middle : {0, 60, 192})
+        for (const int64_t stride : {1, 2}) {
+          Problem p = digits({"digits", 1 + (h + w) % 2, h, w, in, middle, out, 3, stride, stride, 1, 1});
+          p.between = Activation::relu6;
+          check<BlockOp>(p, {LAYOUTS[0], LAYOUTS[2]}, each({Activation::none, Activation::relu}, true));
+        }
+  for (const auto& [h, w] : {std::array<int64_t, 2>{1, 1}, {5, 4}, {13, 13}, {27, 14}})
+    for (const int64_t in : {48, 64, 96})
+      check<FireOp>(digits({"digits", 1 + (h + w) % 2, h, w, in, 32, 80, 3, 1, 1, 1, 1}), {LAYOUTS[0], LAYOUTS[2]},
+                    each({Activation::relu}, false));
 }
 
 void stem_cases() {
@@ -788,9 +826,10 @@ struct Lattice {
   void (*run)();
 };
 constexpr Lattice LATTICES[] = {{"depthwise", depthwise_cases},     {"pointwise", pointwise_cases},
-                                {"strassen", strassen_cases},       {"stem", stem_cases},
-                                {"fire_expand", fire_expand_cases}, {"fire", fire_cases},
-                                {"separable", separable_cases},     {"inverted_residual", inverted_residual_cases}};
+                                {"strassen", strassen_cases},       {"digits", digits_cases},
+                                {"stem", stem_cases},               {"fire_expand", fire_expand_cases},
+                                {"fire", fire_cases},               {"separable", separable_cases},
+                                {"inverted_residual", inverted_residual_cases}};
 
 void usage(const char* wrong) {
   std::fprintf(stderr, "exact: %s; see tests/core/exact.cpp\n", wrong);
@@ -835,6 +874,7 @@ int main(int count, char** arguments) {
     const auto distinct = std::unique(totals.cases.begin(), totals.cases.end()) - totals.cases.begin();
     for (size_t i = 0; i < isas.size(); ++i) {
       const Count& c = totals.of_isa[i];
+      if (c.runs == 0) continue;
       std::printf("%s %s: %ld distinct cases, %ld runs, %ld border and %ld interior elements equal", lattice.op, isas[i].c_str(),
                   static_cast<long>(distinct), static_cast<long>(c.runs), static_cast<long>(c.border), static_cast<long>(c.interior));
       if (totals.worst > 0) std::printf(", Winograd within %.2f of its bound", static_cast<double>(totals.worst));

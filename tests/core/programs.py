@@ -23,7 +23,11 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
 }
-NATIVE = {"x86_64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}.get(platform.machine(), ["scalar"])
+# The matrix unit is emulated here, whatever the machine has.
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-DFASTCONV_ISA_IS_AVX512"]
+ISA_SOURCES = {"amx": "kernels/cpu/amx.cpp"}
+EMULATED = ["-DFASTCONV_EMULATED_TILES"]
+NATIVE = {"x86_64": ["scalar", "avx2", "avx512", "amx"], "aarch64": ["scalar", "neon"]}.get(platform.machine(), ["scalar"])
 # As setup.py compiles the kernels; what is compiled is the shipped code.
 SHIPPED = ["-O3", "-g0"]
 QUICK = ["-O1", "-g0"]
@@ -73,11 +77,11 @@ def link(command: list[str], objects: list[Path], folder: Path, name: str) -> Pa
 
 def core_jobs(isas: list[str], flags: list[str], root: Path = ROOT) -> list[tuple[list[str], Path, str]]:
     """(flags, source, name) of every object of the core."""
-    flags = [*FLAGS, f"-I{root}", *flags, *(f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas)]
+    flags = [*FLAGS, f"-I{root}", *flags, *EMULATED, *(f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas)]
     jobs = []
     for isa in isas:
         own = [f"-DFASTCONV_ISA={isa}", f"-DFASTCONV_ISA_IS_{isa.upper()}", *ISA_FLAGS[isa]]
-        jobs.append(([*flags, *own], root / "kernels/cpu/kernels.cpp", isa))
+        jobs.append(([*flags, *own], root / ISA_SOURCES.get(isa, "kernels/cpu/kernels.cpp"), isa))
     return [*jobs, *((flags, root / f"kernels/cpu/{name}.cpp", name) for name in ("training", "blocks", "isa"))]
 
 

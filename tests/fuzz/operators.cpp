@@ -210,7 +210,7 @@ void compiled(Tensor x, std::vector<Tensor> weights, std::string program) {
 
 void run(Bytes& bytes) {
   using Packing = Tensor (*)(const Tensor&);
-  switch (bytes.next() % 34) {
+  switch (bytes.next() % 35) {
       // clang-format off
     case 0: return call(&depthwise, bytes);
     case 1: return call(&pointwise, bytes);
@@ -245,6 +245,7 @@ void run(Bytes& bytes) {
     case 30: return call(&training_stem_pool, bytes);
     case 31: return call(static_cast<Packing>(&pack_stem_winograd), bytes);
     case 32: return call(static_cast<Packing>(&pack_strassen), bytes);
+    case 33: return call(static_cast<Packing>(&pack_digits), bytes);
     default: return call(&training_stem_pool_backward, bytes);
       // clang-format on
   }
