@@ -185,14 +185,22 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def suits_digits(weight: Tensor) -> bool:
-    """Whether a 1x1 convolution goes to a matrix unit as digits: where there is one, and weights are finite.
+    """Whether a 1x1 convolution gains as digits on a matrix unit: where this machine has one, its channels fill it, and its weights are of
+    like size.
 
-    It takes 64 inputs at a time.
+    The unit takes 64 inputs and 16 outputs at a time, and pixels have to be split first. On a Xeon whose other hardware thread is busy, so
+    that the unit has half its speed, 48 to 288 channels take 0.95 times what direct sums take, 512 to 512 0.63, 48 to 144 more than they.
+
+    Errors are a part of the largest weight of an output, and of the largest input of a pixel: about 2.8e-8 of their product for each pair
+    of channels. Where the root mean square of the weights is below a tenth of the largest they are left to direct sums.
     """
     outputs, inputs = weight.shape[:2]
-    if _extension.isa() != "amx" or _portable.on or min(inputs, outputs) < 48 or inputs > 2**15:
+    if _extension.isa() != "amx" or _portable.on or min(inputs, outputs) < 48 or inputs * outputs < 8192 or inputs > 2**15:
         return False
-    return bool(weight.isfinite().all())
+    largest = weight.abs().amax(1, keepdim=True).double()
+    used = int(torch.count_nonzero(weight))
+    parts = torch.nan_to_num(weight / largest).square().sum() if used and bool(largest.isfinite().all()) else torch.zeros(())
+    return bool(parts > 0.01 * used) and used > 0
 
 
 def suits_strassen(weight: Tensor) -> bool:
