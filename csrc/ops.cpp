@@ -49,10 +49,12 @@ PackedPointwise check_pointwise(const char* op, const char* argument, const Tens
                              (in_channels ? " and " + std::to_string(in_channels) + " inputs" : std::string()) + ", got ";
   if (dimensions == 2) {
     int32_t packed_for = 0;
-    if (dense_floats(panels) && panels.numel() > 0) std::memcpy(&packed_for, data(panels), sizeof packed_for);
+    const bool dense = panels.is_cpu() && panels.scalar_type() == ScalarType::Int && panels.is_contiguous();
+    if (dense && panels.numel() > 0) std::memcpy(&packed_for, data(panels), sizeof packed_for);
     const DigitWeights weights{nullptr, packed_for, bias.size(0)};
-    check(packed_for > 0 && panels.size(1) == PANEL && weights.floats() == panels.numel() && (in_channels == 0 || packed_for == in_channels),
-          op, argument, " must be dense float32, packed as digits,", wanted, shape_of{panels});
+    check(
+        packed_for > 0 && panels.size(1) == PANEL && weights.floats() == panels.numel() && (in_channels == 0 || packed_for == in_channels),
+        op, argument, " must be dense int32, packed as digits,", wanted, shape_of{panels});
     return {data(panels), data(bias), packed_for, bias.size(0), activation, Packing::digits};
   }
   // Floats grow by as much with every step of 32 inputs.

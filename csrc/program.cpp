@@ -491,10 +491,12 @@ class Cache {
   struct Place {
     const void* data;
     Ints shape;
-    Place(const Tensor& tensor) : data(tensor.const_data_ptr()), shape(tensor.sizes().begin(), tensor.sizes().end()) {}
+    ScalarType type;
+    Place(const Tensor& tensor)
+        : data(tensor.const_data_ptr()), shape(tensor.sizes().begin(), tensor.sizes().end()), type(tensor.scalar_type()) {}
     bool holds(const Tensor& tensor) const {
       const auto sizes = tensor.sizes();
-      return tensor.is_cpu() && tensor.const_data_ptr() == data && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+      return tensor.is_cpu() && tensor.const_data_ptr() == data && tensor.scalar_type() == type && tensor.is_contiguous() &&
              std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
     }
   };

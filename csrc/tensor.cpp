@@ -161,7 +161,7 @@ Tensor reordered(const Tensor& x, MemoryFormat format) {
 
 }  // namespace
 
-Tensor empty(const Ints& shape, MemoryFormat format) {
+Tensor empty(const Ints& shape, MemoryFormat format, ScalarType type) {
   Ints strides(shape.size());
   int64_t stride = 1;
   const bool channels_last = format == MemoryFormat::ChannelsLast;
@@ -177,7 +177,8 @@ Tensor empty(const Ints& shape, MemoryFormat format) {
   return or_out_of_memory([&] {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                           aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+                                                           type == ScalarType::Int ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32(),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   });
 }
@@ -273,7 +274,8 @@ Tensor pack_digits(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.numel() > 0, "pack_digits",
         "weight must be (Cout, Cin, 1, 1), got ", shape_of{weight});
   const Tensor dense = dense_weight("pack_digits", weight);
-  Tensor packed = floats({DigitWeights{nullptr, weight.size(1), weight.size(0)}.floats() / PANEL, PANEL});
+  const int64_t words = DigitWeights{nullptr, weight.size(1), weight.size(0)}.floats();
+  Tensor packed = empty({words / PANEL, PANEL}, MemoryFormat::Contiguous, ScalarType::Int);
   pack_digits(data(dense), weight.size(0), weight.size(1), static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }

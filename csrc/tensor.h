@@ -104,7 +104,7 @@ class Result {
 
 // torch's own, for arguments that were checked: what can still go wrong is memory, and std::bad_alloc is thrown.
 // Uninitialised fp32. Not torch::stable::empty, which finds its operator by name: 7 to 16 us a call whose caches are cold.
-Tensor empty(const Ints& shape, MemoryFormat format = MemoryFormat::Contiguous);
+Tensor empty(const Ints& shape, MemoryFormat format = MemoryFormat::Contiguous, ScalarType type = ScalarType::Float);
 Tensor to_contiguous(const Tensor& x, MemoryFormat format = MemoryFormat::Contiguous);
 inline Tensor floats(const Ints& shape) { return empty(shape); }
 Tensor zeros(int64_t count);

@@ -43,6 +43,15 @@ def isa(request):
 
 
 @pytest.fixture
+def portable():
+    """Weights packed as for a machine without a matrix unit: for tests that ask for direct sums' bits, or for Strassen's algorithm."""
+    from fastconv.ops import _prepared
+
+    with _prepared.portable():
+        yield
+
+
+@pytest.fixture
 def poison():
     """Fresh memory holds NaN: an output or scratch element that a kernel forgets, or reads too early, shows."""
     torch.use_deterministic_algorithms(True)  # together with fill_uninitialized_memory, on by default

@@ -54,7 +54,7 @@ def extension_jobs() -> list[tuple[list[str], Path, str]]:
     jobs = programs.core_jobs(["scalar"], flags, TREE)
     include = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     torch_flags = [*jobs[-1][0], *include, "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DFASTCONV_CXX_FLAGS=""']
-    there = {source for _, source, _ in jobs}
+    there = {source for _, source, _ in jobs} | {TREE / source for source in programs.ISA_SOURCES.values()}
     rest = [source for folder in ("kernels/cpu", "csrc") for source in sorted((TREE / folder).glob("*.cpp")) if source not in there]
     return [*jobs, *((torch_flags, source, source.stem) for source in rest)]
 

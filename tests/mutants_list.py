@@ -464,9 +464,28 @@ STRASSEN = [
         "optimize/layers.py",
         "tests/test_strassen.py -k plans",
         "7/4 of the weights for few pixels",
-        "exact or reduction > _MOST_REDUCTION",
-        "exact",
+        "reduction <= _MOST_REDUCTION",
+        "True",
     ),
+]
+
+DIGITS = [
+    core("digits.h", "exact amx digits", "a sum of the wrong order", "multiply_tiles<1, 4, 7>();", "multiply_tiles<2, 4, 7>();"),
+    core("digits.h", "exact amx digits", "middle digits read as lowest", "i64x2(a, b, 0xee)", "i64x2(a, b, 0x44)"),
+    core("digits.h", "exact amx digits", "a pixel's scale forgotten", "splat(pixel_scales[r]) * scale", "splat(1.0f) * scale"),
+    core("digits.h", "exact amx digits", "pixels behind the last", "rows < ROWS ? rows : ROWS", "ROWS"),
+    core(
+        "digits.h",
+        "exact amx digits",
+        "reads inputs behind the last",
+        "lanes > 0 ? first(static_cast<int>(lanes))",
+        "lanes > 0 ? static_cast<__mmask16>(0xffff)",
+    ),
+    core("digits.h", "exact amx digits", "one pixel's residual for all", "residual += to.residual_strides.pixel;", ""),
+    core("blocks.cpp", "exact amx digits", "digits of other pixels", "pixels.begin == other.pixels.begin &&", "true &&"),
+    core("blocks.cpp", "exact amx digits", "digits of another run", "digits[2 * (now - steps) + i]", "digits[i]"),
+    core("pack.h", "exact amx digits", "a borrow forgotten", "rest = (rest - lowest) / 256;", "rest = rest / 256;"),
+    core("pack.h", "exact scalar digits", "digits in the wrong order", "sum = sum * 256 + value;", "sum = sum + 256 * value;"),
 ]
 
 WINOGRAD = [
@@ -634,7 +653,7 @@ BLOCKS = [
         "blocks.cpp",
         "exact avx2 inverted_residual",
         "a ring's rows made of the first ones",
-        "image(n) + run->begin * op.width * op.x_strides.pixel;",
+        "image(n) + run.begin * op.width * op.x_strides.pixel;",
         "image(n);",
     ),
     core(
@@ -1301,4 +1320,4 @@ PLANS = [
     ),
 ]
 
-MUTANTS = [*DEPTHWISE, *TILES, *VECTORS, *CONVOLUTIONS, *STRASSEN, *WINOGRAD, *PACKING, *BLOCKS, *TRAINING, *BINDINGS, *PLANS]
+MUTANTS = [*DEPTHWISE, *TILES, *VECTORS, *CONVOLUTIONS, *STRASSEN, *DIGITS, *WINOGRAD, *PACKING, *BLOCKS, *TRAINING, *BINDINGS, *PLANS]

@@ -53,8 +53,8 @@ def misplaced(functions: dict[str, Counter]) -> list[str]:
     return [
         f"{name}: {dict(counts)}"
         for name, counts in functions.items()
-        if (counts["EVEX"] and "fastconv::avx512::" not in name)
-        or (counts["VEX"] and not ("fastconv::avx512::" in name or "fastconv::avx2::" in name))
+        if (counts["EVEX"] and not any(f"fastconv::{isa}::" in name for isa in ("avx512", "amx")))
+        or (counts["VEX"] and not any(f"fastconv::{isa}::" in name for isa in ("avx2", "avx512", "amx")))
     ]
 
 

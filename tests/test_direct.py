@@ -14,7 +14,10 @@ from torch.nn.modules import module as modules
 import fastconv
 from fastconv import _extension
 
-pytestmark = pytest.mark.skipif(not _extension.available or _extension.backend() != "auto", reason="needs the compiled extension")
+pytestmark = [
+    pytest.mark.skipif(not _extension.available or _extension.backend() != "auto", reason="needs the compiled extension"),
+    pytest.mark.usefixtures("portable"),
+]
 
 
 def optimized():

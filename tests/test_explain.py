@@ -13,6 +13,8 @@ from fastconv.models._torchvision import import_torchvision
 from fastconv.ops import prepare_max_pool, prepare_pointwise
 from fastconv.optimize import explain, optimize
 
+pytestmark = pytest.mark.usefixtures("portable")
+
 POINTWISE = prepare_pointwise(torch.ones(1, 1, 1, 1), None, activation=None).kernel
 POOL = prepare_max_pool(2, 0, False, like=torch.ones(1)).kernel
 

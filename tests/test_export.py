@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import using_isa
 from torch import nn
 
 import fastconv
@@ -21,6 +22,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch's own
 ]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def as_exports_are_packed():
+    """Without the matrix unit, whose weights no export holds: for equal bits. (An export prepares in a thread of its own.)"""
+    isa = _extension.isa()
+    with using_isa("avx512" if isa == "amx" else isa):
+        yield
+
+
 EXPORTS = [(name, optimized) for name in fastconv.models.list_models() for optimized in (False, True)]
 QUICK = (("mobilenet_v3_small", False), ("squeezenet1_1", True))
 EXPORTS = [export if export in QUICK else slow(*export) for export in EXPORTS]

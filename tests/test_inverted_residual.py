@@ -20,6 +20,8 @@ from harness import (
 
 from fastconv import ops, reference
 
+pytestmark = pytest.mark.usefixtures("portable")
+
 
 def weights(channels, expanded, out_channels, k=3, draw=reals):
     return (

@@ -18,6 +18,8 @@ from harness import (
 
 from fastconv import ops, reference
 
+pytestmark = pytest.mark.usefixtures("portable")
+
 
 def weights(channels, out_channels, k=3, draw=reals):
     return draw(channels, 1, k, k), draw(channels), draw(out_channels, channels, 1, 1), draw(out_channels)

@@ -7,14 +7,8 @@ from torch import nn
 
 import fastconv
 from fastconv import ops, reference
-from fastconv.ops import _prepared
 
-
-@pytest.fixture(autouse=True)
-def without_a_matrix_unit():
-    """Which would take these layers."""
-    with _prepared.portable():
-        yield
+pytestmark = pytest.mark.usefixtures("portable")
 
 
 def separable(channels, out_channels, make=reals, **options):
@@ -196,8 +190,8 @@ def test_packed_weights_are_checked():
         (packed.double(), 256, "pointwise: panels must be dense float32, packed for Strassen's algorithm"),
         (packed[:0], 256, "pointwise: panels must be dense float32, packed for Strassen's algorithm"),
         (packed, 288, r"pointwise: x must have 256 channels, got \(1, 288, 4, 4\)"),
-        (reals(2, 2), 256, "pointwise: panels must be dense float32, packed as digits, of 264 outputs, got"),
-        (reals(2, 2, 2, 2), 256, r"pointwise: panels must be \(G, Cin, 16\), or two dimensions as digits, or one for Strassen's algorithm, got"),
+        (reals(2, 2), 256, "pointwise: panels must be dense int32, packed as digits, of 264 outputs, got"),
+        (reals(2, 2, 2, 2), 256, r"panels must be \(G, Cin, 16\), or two dimensions as digits, or one for Strassen's algorithm, got"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op.pointwise_packed(x if inputs == 256 else reals(1, inputs, 4, 4), panels, bias, None, None)

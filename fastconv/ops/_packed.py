@@ -40,7 +40,7 @@ def pack_strassen(weight):
 def pack_digits(weight):
     out_channels, in_channels = weight.shape[:2]
     panels = -(-out_channels // PANEL)
-    return weight.new_empty((1 + panels * (1 + -(-in_channels // 64) * 3 * PANEL), PANEL))
+    return weight.new_empty((1 + panels * (1 + -(-in_channels // 64) * 3 * PANEL), PANEL), dtype=torch.int32)
 
 
 def pack_winograd(weight):

@@ -65,4 +65,5 @@ def prepare_fire(
         label = f"{label} winograd"
     squeeze, squeeze_label = pack_pointwise(squeeze_weight, squeeze_bias, label, exact=exact, strassen=False)
     expand, expand_label = pack_pointwise(weight1x1, bias1x1, label, exact=exact, strassen=False)
-    return Prepared(overload("fire_packed"), (*squeeze, *expand, *pack(weight3x3, bias3x3), winograd), max(squeeze_label, expand_label, key=len))
+    args = (*squeeze, *expand, *pack(weight3x3, bias3x3), winograd)
+    return Prepared(overload("fire_packed"), args, max(squeeze_label, expand_label, key=len))

@@ -93,10 +93,10 @@ def prepare_inverted_residual(
         if label.endswith("triton"):
             return PreparedBlock(_triton_block, args, label, after)
         return PreparedResidual(_block, args, label, after)
-    project, kernel = pack_pointwise(project_weight, project_bias, label, exact=exact, strassen=strassen)
+    project, kernel = pack_pointwise(project_weight, project_bias, label, exact=exact, strassen=strassen, gated=bool(gate_weights))
     expand = (None, None)
     if expand_weight is not None:
-        expand, expand_kernel = pack_pointwise(expand_weight, expand_bias, label, exact=exact, strassen=False)
+        expand, expand_kernel = pack_pointwise(expand_weight, expand_bias, label, exact=exact, strassen=False, gated=bool(gate_weights))
         kernel = max(kernel, expand_kernel, key=len)
     gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
     args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *project)

@@ -60,6 +60,6 @@ class Block:
         if not isinstance(item, Tensor) or self._next + item.nbytes > len(self._memory):
             return item
         # A storage of its own, which keeps the block: saved or copied, a weight does not take its neighbours along.
-        moved = torch.frombuffer(self._memory, dtype=torch.float32, count=item.numel(), offset=self._next).view(item.shape)
+        moved = torch.frombuffer(self._memory, dtype=item.dtype, count=item.numel(), offset=self._next).view(item.shape)
         self._next += -(-item.nbytes // _LINE) * _LINE
         return moved.copy_(item)

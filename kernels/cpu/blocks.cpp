@@ -150,17 +150,22 @@ int64_t digit_strip(const Pointwise& op, int64_t pixels, int64_t panels) {
 void multiply_split(const Pointwise& op, Range pixels, Range panels, const DigitPixels& digits) {
   kernels().digits_multiply(op, pixels, panels, digits);
   const char *const marks = digits.extraordinary(), *const end = marks + pixels.size();
-  for (const char* at = marks; (at = static_cast<const char*>(std::memchr(at, 1, end - at))); ++at) {
-    const int64_t pixel = pixels.begin + (at - marks);
-    multiply_unpacked(op, {pixel, pixel + 1}, panels);
+  for (const char* at = marks; (at = static_cast<const char*>(std::memchr(at, 1, end - at)));) {
+    const char* const next = std::find(at, end, 0);
+    multiply_unpacked(op, {pixels.begin + (at - marks), pixels.begin + (next - marks)}, panels);
+    at = next;
   }
 }
 
 // What the calling thread has split last.
-thread_local struct {
-  int64_t input_id = 0;
+struct Split {
+  int64_t input_id = 0, floats = 0;  // of the memory asked for, which stands while it is the same
   Range pixels{0, 0};
-} split_last;
+  bool operator==(const Split& other) const {
+    return input_id == other.input_id && floats == other.floats && pixels.begin == other.pixels.begin && pixels.end == other.pixels.end;
+  }
+};
+thread_local Split split_last;
 
 void multiply_digits(const Pointwise& op, Range pixels, Range panels) {
   const Kernels& k = kernels();
@@ -171,9 +176,9 @@ void multiply_digits(const Pointwise& op, Range pixels, Range panels) {
   for (int64_t first = pixels.begin; first < pixels.end; first += at_once) {
     const Range strip{first, std::min(first + at_once, pixels.end)};
     const DigitPixels digits{digit_scratch.floats(floats), op.in_channels, strip.size()};
-    const bool there = op.input_id && op.input_id == split_last.input_id && strip.begin == split_last.pixels.begin && strip.end == split_last.pixels.end;
-    if (!there) k.digits_split(op, strip, digits);
-    split_last = {op.input_id, strip};
+    const Split now{op.input_id, floats, strip};
+    if (!op.input_id || !(now == split_last)) k.digits_split(op, strip, digits);
+    split_last = now;
     multiply_split(op, strip, panels, digits);
   }
 }

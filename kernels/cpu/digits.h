@@ -79,8 +79,8 @@ FASTCONV_INLINE void split_rows(const float* x, Strides strides, int64_t in_chan
         v[i] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(part, scale[r])), carries);
       }
       const __m512i a = _mm512_permutex2var_epi8(v[0], places.low_and_middle, v[1]),
-                    b = _mm512_permutex2var_epi8(v[2], places.low_and_middle, v[3]),
-                    c = _mm512_permutex2var_epi8(v[0], places.high, v[1]), d = _mm512_permutex2var_epi8(v[2], places.high, v[3]);
+                    b = _mm512_permutex2var_epi8(v[2], places.low_and_middle, v[3]), c = _mm512_permutex2var_epi8(v[0], places.high, v[1]),
+                    d = _mm512_permutex2var_epi8(v[2], places.high, v[3]);
       float* const digits = to + r * PANEL;
       _mm512_store_si512(digits, _mm512_mask_blend_epi64(0xf0, c, d));
       _mm512_store_si512(digits + TILE, _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0xee), sign));
@@ -133,7 +133,7 @@ struct DigitAhead {
   }
 };
 
-constexpr int ORDERS = 3;  // of sums: products of digits i and j belong to sum i + j
+constexpr int ORDERS = 4;  // of sums: products of digits i and j belong to sum i + j
 
 // The sums of a tile of pixels by a panel, to `sums`, (ORDERS, 16 pixels, 16 outputs).
 FASTCONV_INLINE void multiply_digits(const float* pixels, const float* weights, int64_t chunks, DigitAhead& ahead, float* sums) {

@@ -50,7 +50,7 @@ const Kernels& kernels() {
 bool supported() {
   static const bool granted = [] {
     constexpr unsigned BYTE_PERMUTATIONS = 1u << 1, TILES = 1u << 24, INT8 = 1u << 25;  // of leaf 7's ecx, and of its edx
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;           // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;                                    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
 #ifdef FASTCONV_EMULATED_TILES
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & BYTE_PERMUTATIONS);

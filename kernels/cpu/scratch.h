@@ -36,10 +36,10 @@ class Scratch {
 
 // For what a thread uses alone, for what the calling thread shares with its team, and for transformed tiles or a stem's rows beside either.
 inline thread_local Scratch private_scratch, shared_scratch, tile_scratch;
-inline thread_local Scratch strassen_scratch;  // pairs of pixels, transformed
+inline thread_local Scratch strassen_scratch;             // pairs of pixels, transformed
 inline thread_local Scratch digit_scratch, band_scratch;  // pixels as digits, of one product and of a band of rows
 inline thread_local Scratch unpack_scratch;               // plain weights made of digits
-inline thread_local Scratch stem_scratch;      // its transformed rows, from call to call
+inline thread_local Scratch stem_scratch;                 // its transformed rows, from call to call
 // The rings of blocks whose rows are made on demand, by level, and images between steps that had to be made whole after all.
 constexpr int MAX_LEVELS = 8;
 inline thread_local Scratch ring_scratch[MAX_LEVELS], step_scratch[MAX_LEVELS + 1];

@@ -825,11 +825,10 @@ struct Lattice {
   const char* op;
   void (*run)();
 };
-constexpr Lattice LATTICES[] = {{"depthwise", depthwise_cases},     {"pointwise", pointwise_cases},
-                                {"strassen", strassen_cases},       {"digits", digits_cases},
-                                {"stem", stem_cases},               {"fire_expand", fire_expand_cases},
-                                {"fire", fire_cases},               {"separable", separable_cases},
-                                {"inverted_residual", inverted_residual_cases}};
+constexpr Lattice LATTICES[] = {
+    {"depthwise", depthwise_cases}, {"pointwise", pointwise_cases}, {"strassen", strassen_cases},
+    {"digits", digits_cases},       {"stem", stem_cases},           {"fire_expand", fire_expand_cases},
+    {"fire", fire_cases},           {"separable", separable_cases}, {"inverted_residual", inverted_residual_cases}};
 
 void usage(const char* wrong) {
   std::fprintf(stderr, "exact: %s; see tests/core/exact.cpp\n", wrong);

@@ -77,6 +77,8 @@ def link(command: list[str], objects: list[Path], folder: Path, name: str) -> Pa
 
 def core_jobs(isas: list[str], flags: list[str], root: Path = ROOT) -> list[tuple[list[str], Path, str]]:
     """(flags, source, name) of every object of the core."""
+    if "amx" in isas and "avx512" not in isas:  # whose kernels it has, but for a few
+        isas = [*isas, "avx512"]
     flags = [*FLAGS, f"-I{root}", *flags, *EMULATED, *(f"-DFASTCONV_HAS_{isa.upper()}=1" for isa in isas)]
     jobs = []
     for isa in isas:
