@@ -128,8 +128,8 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool 
     exact: only kernels that add up products directly. Otherwise a fire's 3x3 expand goes through Winograd's F(4x4, 3x3), with 2e-6 to
         3e-6 of the largest output as its error, a 7 wide first layer of stride 2 through F(4, 4) along its rows (1e-6), and 1x1
         convolutions of 256 channels and more, down to a sixteenth of a 224x224 image's height and width, through one step of Strassen's
-        algorithm (1.5e-6 to 5e-6), or, where the CPU has a matrix unit, those of 48 and more as digits (5e-7 to 2e-6); logits are then
-        within 1e-5 relative, with exact within 1e-6.
+        algorithm (1.5e-6 to 5e-6), or, where the CPU has a matrix unit, those of 64 and more as digits (as accurate as direct sums, but
+        relative to the largest numbers that meet); logits are then within 1e-5 relative, with exact within 1e-6.
     share: the parameters and buffers are the model's own, not copies, which saves their memory (MobileNet V3 large: 21 MB). Training the
         model further then shows in `fast`, and what is done to the one's tensors, `.to()` and load_state_dict too, is done to the other's.
     Raises TypeError if `model` is no torch.nn.Module or holds a sparse tensor, `dtype` is no floating dtype, `exact` or `share` no bool,
