@@ -168,6 +168,11 @@ def test_packed_weights_are_checked():
         op.pointwise_packed(reals(1, 64, 4, 4), packed, bias, None, None)
     with pytest.raises(RuntimeError, match=r"pack_digits: weight must be \(Cout, Cin, 1, 1\), got \(4, 40, 3, 3\)"):
         op.pack_digits(reals(4, 40, 3, 3))
+    with pytest.raises(RuntimeError, match="pack_digits: weight must have at most 32768 inputs, got 32769"):
+        op.pack_digits(torch.empty(1, 1, 1, 1).expand(1, 32769, 1, 1))
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(RuntimeError, match="pack_digits: weight must be finite"):
+            op.pack_digits(torch.full((8, 8, 1, 1), bad))
     strassen, taps = op.pack_strassen(reals(96, 96, 1, 1)), op.pack_taps(reals(96, 1, 3, 3))
     block = (x, strassen, reals(96), taps, reals(96), [], packed, bias, None, [1, 1], [1, 1], *[None] * 5)
     with pytest.raises(RuntimeError, match="expand_panels cannot be packed for Strassen's algorithm"):
