@@ -274,8 +274,8 @@ Tensor pack_strassen(const Tensor& weight) {
 Tensor pack_digits(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.numel() > 0, "pack_digits",
         "weight must be (Cout, Cin, 1, 1), got ", shape_of{weight});
-  check(weight.size(1) <= DigitWeights::MOST_INPUTS, "pack_digits", "weight must have at most ", DigitWeights::MOST_INPUTS,
-        " inputs, got ", weight.size(1));
+  check(weight.size(1) <= DigitWeights::MOST_INPUTS, "pack_digits", "weight must have at most ", DigitWeights::MOST_INPUTS, " inputs, got ",
+        weight.size(1));
   const Tensor dense = dense_weight("pack_digits", weight);
   check(std::all_of(data(dense), data(dense) + dense.numel(), [](float w) { return std::isfinite(w); }), "pack_digits",
         "weight must be finite");

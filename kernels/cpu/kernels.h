@@ -117,7 +117,7 @@ struct DigitWeights {
   const float* data;
   int64_t in_channels, out_channels;
   static constexpr int64_t HEADER = 16, CHUNK = 64, TILE = PANEL * PANEL, DIGITS = 3;  // floats, but for CHUNK's inputs
-  static constexpr int64_t MOST_INPUTS = 1 << 15;  // whose sums of three products each fit 32 bits
+  static constexpr int64_t MOST_INPUTS = 1 << 15;                                      // whose sums of three products each fit 32 bits
   static constexpr int UNITS = 16;  // sums of products of the largest digits count 2^32; half of that in this scale, half in the pixel's
   FASTCONV_SHARED int64_t chunks() const { return ceil_div(in_channels, CHUNK); }
   FASTCONV_SHARED int64_t panel_floats() const { return chunks() * DIGITS * TILE; }

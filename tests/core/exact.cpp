@@ -331,7 +331,7 @@ struct PointwiseOp : Operator {
   Packing packing = Packing::panels;
   Floats prepare(const Problem& p, const Floats& x, Integers& integers) override {
     packing = p.packing;
-    layer.make(integers, p.in, p.out, 1, 4);
+    layer.make(integers, p.in, p.out, 1, packing == Packing::digits ? 1000 : 4);  // of two digits
     return multiply(x, p.in, p.out, layer.weight, layer.bias);
   }
   void pack(bool at_end) override { layer.pack_as(packing, at_end); }
