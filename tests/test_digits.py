@@ -246,5 +246,23 @@ def test_an_export_holds_weights_for_any_machine():
         loaded = torch.export.load(buffer).module()
     packed = [tensor for tensor in (*program.constants.values(), *program.state_dict.values()) if tensor.dim() == 3]
     assert len(packed) == 2
+    assert not any(tensor.dtype == torch.int32 for tensor in program.constants.values())
     with using_isa(_C.isas()[0]):
         assert error(loaded(x), wanted) < 1e-6
+
+
+@needs_unit
+def test_an_export_of_a_block_whose_parts_are_packed_in_different_ways():
+    """Expanded as digits, projected by Strassen's algorithm, for its weights are of different size."""
+
+    def dtypes(ready):
+        calls = [call for call, _, _ in ready.steps if isinstance(call, _prepared.Prepared)]
+        return [(call.kernel, torch.int32 in [tensor.dtype for tensor in call.tensors]) for call in calls]
+
+    block = fastconv.nn.InvertedResidual(96, 320, 1, 6).eval()
+    with torch.no_grad():
+        block.conv[2].weight[:, 3] = 20
+    with using_isa("amx"):
+        plan = fastconv.optimize(block).plan
+        assert dtypes(plan.prepare()) == [("inverted_residual f32 amx strassen", True)]
+        assert dtypes(plan.prepare_portably()) == [("inverted_residual f32 amx strassen", False)]

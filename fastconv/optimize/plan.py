@@ -370,7 +370,8 @@ class Plan:
     def prepare_portably(self) -> Ready:
         """The same with weights packed as every machine's kernels take them."""
         ready = self.prepare()
-        if not any(isinstance(call, Prepared) and call.kernel.endswith("digits") for call, _, _ in ready.steps or ()):
+        calls = [call for call, _, _ in ready.steps or () if isinstance(call, Prepared)]
+        if not any(tensor.dtype == torch.int32 for call in calls for tensor in call.tensors):  # digits, in any part of a block
             return ready
         with self._lock, torch.inference_mode(False), torch.no_grad(), portable():
             return self._renewed(None)
