@@ -49,7 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastconv's compiled kernels";
   fastconv::choose_isa();
-  m.attr("interface") = 10;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
+  m.attr("interface") = 11;  // fastconv/_extension.py has the same number: one more with every change that the other side must know
   m.def("isa", [] { return std::string(fastconv::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &fastconv::supported_isas, "Instruction sets compiled in that this CPU supports, slowest first.");
   m.def("set_isa", &fastconv::set_isa, py::arg("name"),
@@ -66,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("return_free_memory", &fastconv::return_free_memory, "Gives what the C library's allocator keeps back to the system.");
   m.def("collapse_pages", &fastconv::collapse_pages, py::arg("address"), py::arg("bytes"),
         "Asks the system to put memory that is in use on huge pages, where it fills them.");
+  m.def("relative_power", &fastconv::relative_power_at, py::arg("address"), py::arg("outputs"), py::arg("inputs"),
+        "The mean square of dense float32 weights (outputs, inputs) that are not 0, each a part of its output's largest; 0 if not finite.");
   // No operator: a finalizer runs wherever the garbage collector does, and a tracer at work there would record it.
   m.def("program_free", &fastconv::program_free, py::arg("program"), "Forgets a program of torch.ops.fastconv.program_new.");
   py::class_<fastconv::Watch>(m, "Watch", "Notices when tensors have been written, moved or replaced, or children of modules replaced.")

@@ -285,6 +285,10 @@ Tensor pack_digits(const Tensor& weight) {
   return packed;
 }
 
+double relative_power_at(uintptr_t weight, int64_t out_channels, int64_t in_channels) {
+  return relative_power(reinterpret_cast<const float*>(weight), out_channels, in_channels);
+}
+
 Tensor pack_winograd(const Tensor& weight) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0, "pack_winograd",
         "weight must be (Cout, Cin, 3, 3), got ", shape_of{weight});

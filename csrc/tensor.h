@@ -114,6 +114,7 @@ inline const float* data(const Tensor& tensor) { return static_cast<const float*
 Tensor pack_panels(const Tensor& weight);
 Tensor pack_strassen(const Tensor& weight);
 Tensor pack_digits(const Tensor& weight);
+double relative_power_at(uintptr_t weight, int64_t out_channels, int64_t in_channels);  // what tells whether digits suit
 Tensor pack_winograd(const Tensor& weight);
 Tensor pack_stem_winograd(const Tensor& weight);
 Tensor pack_taps(const Tensor& weight);

@@ -15,7 +15,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 BACKENDS = ("auto", "aten", "cpu", "triton")
-INTERFACE = 10  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
+INTERFACE = 11  # what Python expects of the extension, and the extension of Python: csrc/module.cpp has the same number
 
 
 def _requested_backend() -> str:

@@ -82,6 +82,24 @@ inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_
   pack_panels(weight + grouped * in_channels, out_channels - grouped, in_channels, 1, writable(to.rest()));
 }
 
+// The mean square of weights (Cout, Cin) that are not 0, each a part of its output's largest one; 0 where there are none, or not all finite.
+inline double relative_power(const float* weight, int64_t out_channels, int64_t in_channels) {
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t n = 0; n < out_channels; ++n) {
+    double largest = 0, squares = 0;
+    for (int64_t k = 0; k < in_channels; ++k) {
+      const double w = weight[n * in_channels + k];
+      if (!std::isfinite(w)) return 0;
+      largest = std::max(largest, std::fabs(w));
+      squares += w * w;
+      count += w != 0;
+    }
+    if (largest > 0) sum += squares / (largest * largest);
+  }
+  return count ? sum / static_cast<double>(count) : 0;
+}
+
 // (Cout, Cin), all finite, to DigitWeights. An output's weights are scaled by a power of two to integers of 24 bits, whose digits are to
 // base 256.
 inline void pack_digits(const float* weight, int64_t out_channels, int64_t in_channels, float* packed) {
