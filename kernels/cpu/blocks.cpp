@@ -134,16 +134,11 @@ int64_t next_input_id() {
   return last.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
-constexpr int64_t DIGIT_STRIP = 128 * 1024;  // floats of digits that stay in L2 (512 KiB)
-
-// Pixels at a time: as digits in L2; or, where all weights stay there (1 MiB), in L1 beside those of a panel.
-int64_t digit_strip(const Pointwise& op, int64_t pixels, int64_t panels) {
-  constexpr int64_t WEIGHTS = 256 * 1024, SMALL_STRIP = 8 * 1024, LEAST = DigitPixels::ROWS;
-  const DigitWeights weights = op.digits();
-  const int64_t each = weights.panel_floats() / DigitPixels::ROWS;
-  const bool small = panels * weights.panel_floats() <= WEIGHTS && !(op.input_id && pixels * each <= DIGIT_STRIP);
-  const int64_t most = std::max<int64_t>((small ? SMALL_STRIP : DIGIT_STRIP) / each / LEAST, 1) * LEAST;
-  return ceil_div(ceil_div(pixels, ceil_div(pixels, most)), LEAST) * LEAST;
+// Pixels at a time, in equal strips: as digits in L2 (512 KiB), where each panel of weights, in L1, meets them one after the other.
+int64_t digit_strip(const Pointwise& op, int64_t pixels) {
+  constexpr int64_t STRIP_FLOATS = 128 * 1024, TILE = DigitPixels::ROWS;
+  const int64_t most = std::max<int64_t>(STRIP_FLOATS / op.digits().panel_floats(), 1) * TILE;
+  return ceil_div(ceil_div(pixels, ceil_div(pixels, most)), TILE) * TILE;
 }
 
 // Panels of pixels that stand split.
@@ -171,7 +166,7 @@ void multiply_digits(const Pointwise& op, Range pixels, Range panels) {
   const Kernels& k = kernels();
   if (!k.digits_multiply) return multiply_unpacked(op, pixels, panels);
   if (pixels.size() <= 0) return;
-  const int64_t at_once = digit_strip(op, pixels.size(), panels.size());
+  const int64_t at_once = digit_strip(op, pixels.size());
   const int64_t floats = DigitPixels{nullptr, op.in_channels, at_once}.floats();
   for (int64_t first = pixels.begin; first < pixels.end; first += at_once) {
     const Range strip{first, std::min(first + at_once, pixels.end)};
