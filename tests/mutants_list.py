@@ -461,11 +461,11 @@ STRASSEN = [
         "pytest tests/test_strassen.py -k any_size",
     ),
     python(
-        "optimize/layers.py",
+        "ops/_prepared.py",
         "tests/test_strassen.py -k plans",
         "7/4 of the weights for few pixels",
-        "reduction <= _MOST_REDUCTION",
-        "True",
+        "if strassen and not few and",
+        "if strassen and",
     ),
 ]
 

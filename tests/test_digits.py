@@ -207,6 +207,29 @@ def test_which_weights_suit():
         assert "digits" not in kernel(wide)
 
 
+@needs_unit
+def test_blocks_with_squeeze_excitation():
+    """Their products are digits where there are 14x14 pixels of a 224x224 input, or more."""
+    weights = (reals(240, 80, 1, 1) / 9, reals(240), reals(240, 1, 3, 3) / 3, reals(240), reals(112, 240, 1, 1) / 15, reals(112))
+    gate = (reals(60, 240, 1, 1) / 15, reals(60), reals(240, 60, 1, 1) / 8, reals(240), "relu", "hardsigmoid")
+    options = dict(padding=1, expand_activation="hardswish", depthwise_activation="hardswish", squeeze_excite=gate)
+
+    def digits(stride, reduction, **more):
+        with using_isa("amx"):
+            call = ops.prepare_inverted_residual(*weights, stride=stride, reduction=reduction, **options, **more)
+        return call, [tensor.dtype == torch.int32 for tensor in (call.args[0], call.args[-2])]
+
+    assert digits(1, 256)[1] == [True, True]
+    assert digits(2, 1024)[1] == [True, False]  # its expansion stands before the stride
+    assert digits(1, 1024)[1] == [False, False]
+    assert digits(1, 256, exact=True)[1] == [False, False]
+    x = channels_last(reals(2, 80, 14, 14))
+    for stride in (1, 2):
+        fast, exact = digits(stride, 256)[0], digits(stride, 256, exact=True)[0]
+        with using_isa("amx"):
+            assert error(fast(x), exact(x)) < 1e-6
+
+
 NETWORKS = ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1"]
 
 

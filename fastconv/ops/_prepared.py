@@ -160,19 +160,26 @@ def pack(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.ops.fastconv.pack_panels(weight), _bias_or_zeros(weight, bias)
 
 
+# Fewer pixels than 14x14 of a common 224x224 input gain less than they wait: for 7/4 of the weights, by Strassen's algorithm; as digits, in
+# blocks with squeeze-excitation, whose products threads have in small pieces: with those of 7x7 too MobileNet V3 small took 3 to 15% longer
+# on two threads, where V3 large's at 14x14 take 0.7 to 0.87 times as long.
+_MOST_REDUCTION = 16 * 16
+
+
 def pack_pointwise(
-    weight: Tensor, bias: Tensor | None, label: str, *, exact: bool, strassen: bool = True, gated: bool = False
+    weight: Tensor, bias: Tensor | None, label: str, *, exact: bool, reduction: int = 1, strassen: bool = True, gated: bool = False
 ) -> tuple[tuple[Tensor, Tensor], str]:
     """The same of a 1x1 convolution, unless `exact` as this machine multiplies it fastest, and the label that tells how.
 
-    strassen: whether its place allows Strassen's algorithm; gated: whether it stands in a block with squeeze-excitation, whose products
-    threads have in smaller pieces: as digits MobileNet V3 small took 3 to 8% longer, V3 large 3%.
+    reduction: see prepare_pointwise; strassen: whether Strassen's algorithm may be used; gated: whether it stands in a block with
+    squeeze-excitation.
     """
     if exact:
         return pack(weight, bias), label
-    if not gated and suits_digits(weight):
+    few = reduction > _MOST_REDUCTION
+    if not (gated and few) and suits_digits(weight):
         return (torch.ops.fastconv.pack_digits(weight), _bias_or_zeros(weight, bias)), f"{label} digits"
-    if strassen and suits_strassen(weight):
+    if strassen and not few and suits_strassen(weight):
         return (torch.ops.fastconv.pack_strassen(weight), _bias_or_zeros(weight, bias)), f"{label} strassen"
     return pack(weight, bias), label
 

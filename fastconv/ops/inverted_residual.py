@@ -63,7 +63,7 @@ def prepare_inverted_residual(
     squeeze_excite: tuple | None = None,
     activation: str | None = None,
     exact: bool = False,
-    strassen: bool = True,
+    reduction: int = 1,
 ) -> PreparedResidual:
     """Binds MobileNet's block, V1 to V3, to its weights: returns call(x, residual=None).
 
@@ -71,7 +71,7 @@ def prepare_inverted_residual(
     expand_weight: None for a block without an expand.
     squeeze_excite: (reduce_weight, reduce_bias, expand_weight, expand_bias, squeeze_activation, gate_activation): the depthwise's
     output y is multiplied by gate(expand(squeeze(reduce(mean of y's pixels)))), with 1x1 weights; the gate is "hardsigmoid" or "sigmoid".
-    exact, strassen: see prepare_pointwise.
+    exact, reduction: see prepare_pointwise.
     """
     stride, padding = _checks.stride_padding("inverted_residual", stride, padding)
     *gate_weights, squeeze_activation, gate_activation = squeeze_excite or (None, None)
@@ -93,10 +93,12 @@ def prepare_inverted_residual(
         if label.endswith("triton"):
             return PreparedBlock(_triton_block, args, label, after)
         return PreparedResidual(_block, args, label, after)
-    project, kernel = pack_pointwise(project_weight, project_bias, label, exact=exact, strassen=strassen, gated=bool(gate_weights))
+    place = {"exact": exact, "gated": bool(gate_weights)}
+    project, kernel = pack_pointwise(project_weight, project_bias, label, **place, reduction=reduction)
     expand = (None, None)
     if expand_weight is not None:
-        expand, expand_kernel = pack_pointwise(expand_weight, expand_bias, label, exact=exact, strassen=False, gated=bool(gate_weights))
+        before = reduction // (stride[0] * stride[1])
+        expand, expand_kernel = pack_pointwise(expand_weight, expand_bias, label, **place, reduction=before, strassen=False)
         kernel = max(kernel, expand_kernel, key=len)
     gate = [*pack(*gate_weights[:2]), *pack(*gate_weights[2:])] if gate_weights else []
     args = (*expand, *pack_depthwise(depthwise_weight, depthwise_bias), gate, *project)

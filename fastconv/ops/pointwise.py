@@ -26,17 +26,17 @@ def pointwise(
 
 
 def prepare_pointwise(
-    weight: Tensor, bias: Tensor | None, *, activation: str | None, exact: bool = False, strassen: bool = True
+    weight: Tensor, bias: Tensor | None, *, activation: str | None, exact: bool = False, reduction: int = 1
 ) -> PreparedResidual:
     """Binds `pointwise` to its weights: returns call(x, residual=None).
 
-    exact: by direct sums in fp32, not as digits by a matrix unit, nor by Strassen's algorithm, which the layer's place may rule out too
-    (strassen=False).
+    exact: by direct sums in fp32, not as digits by a matrix unit, nor by Strassen's algorithm.
+    reduction: pixels of the network's input to one of the output, which tells how many there will be.
     """
     compiled, label = choose("pointwise", "pointwise_packed", weight=weight, bias=bias)
     if not compiled:
         return PreparedResidual(operator("pointwise", label), arrange(label, weight, bias), label, (activation,))
-    args, label = pack_pointwise(weight, bias, label, exact=exact, strassen=strassen)
+    args, label = pack_pointwise(weight, bias, label, exact=exact, reduction=reduction)
     return PreparedResidual(overload("pointwise_packed"), args, label, (activation,))
 
 

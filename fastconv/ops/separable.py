@@ -55,9 +55,9 @@ def prepare_separable(
     depthwise_activation: str | None,
     activation: str | None,
     exact: bool = False,
-    strassen: bool = True,
+    reduction: int = 1,
 ) -> PreparedResidual:
-    """Binds `separable` to its weights: returns call(x, residual=None). exact: see prepare_pointwise."""
+    """Binds `separable` to its weights: returns call(x, residual=None). exact, reduction: see prepare_pointwise."""
     stride, padding = _checks.stride_padding("separable", stride, padding)
     weights = {
         "depthwise_weight": depthwise_weight,
@@ -70,7 +70,7 @@ def prepare_separable(
         args = (*arrange(label, *weights.values()), stride, padding, depthwise_activation, activation)
         kind = PreparedBlock if label.endswith("triton") else PreparedResidual
         return kind(operator("separable", label), args, label, ())
-    project, label = pack_pointwise(pointwise_weight, pointwise_bias, label, exact=exact, strassen=strassen)
+    project, label = pack_pointwise(pointwise_weight, pointwise_bias, label, exact=exact, reduction=reduction)
     args = (None, None, *pack_depthwise(depthwise_weight, depthwise_bias), [], *project)
     after = (stride, padding, None, depthwise_activation, None, None, activation)
     return PreparedResidual(overload("inverted_residual_packed"), args, label, after)

@@ -179,10 +179,6 @@ class Conv2d:
         return self.activation(y, inplace=True) if self.activation else y
 
 
-# Strassen's algorithm has 7/4 of the weights, for which fewer pixels than 14x14 of a common 224x224 input wait longer than they gain.
-_MOST_REDUCTION = 16 * 16
-
-
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One call of fastconv: the operation `op` over its layers (None where an optional one is missing)."""
@@ -218,7 +214,7 @@ class Kernel:
         if self.op in ("fire", "stem", "pointwise", "separable", "inverted_residual"):
             options["exact"] = exact
         if self.op in ("pointwise", "separable", "inverted_residual"):
-            options["strassen"] = reduction <= _MOST_REDUCTION
+            options["reduction"] = reduction
         if self.squeeze_excite:
             reduce, expand, gate = self.squeeze_excite
             w1, b1, w2, b2 = (*_as_conv(reduce), *_as_conv(expand))
