@@ -492,7 +492,7 @@ DIGITS = [
         "",
     ),
     core("digits.h", "exact amx digits", "half of a tile's rows", "between(8 + i); });", "between(i); });"),
-    core("blocks.cpp", "exact amx digits", "digits of other pixels", "pixels.begin == other.pixels.begin &&", "true &&"),
+    core("blocks.cpp", "exact amx digits", "digits of another input", "input_id == other.input_id &&", "true &&"),
     core("blocks.cpp", "exact amx digits", "digits of another run", "digits[2 * (now - steps) + i]", "digits[i]"),
     core("pack.h", "exact amx digits", "a borrow forgotten", "rest = (rest - lowest) / 256;", "rest = rest / 256;"),
     core("pack.h", "exact scalar digits", "digits in the wrong order", "sum = sum * 256 + value;", "sum = sum + 256 * value;"),
