@@ -82,7 +82,8 @@ inline void pack_strassen(const float* weight, int64_t out_channels, int64_t in_
   pack_panels(weight + grouped * in_channels, out_channels - grouped, in_channels, 1, writable(to.rest()));
 }
 
-// The mean square of weights (Cout, Cin) that are not 0, each a part of its output's largest one; 0 where there are none, or not all finite.
+// The mean square of weights (Cout, Cin) that are not 0, each a part of its output's largest one; 0 where there are none, or not all
+// finite.
 inline double relative_power(const float* weight, int64_t out_channels, int64_t in_channels) {
   double sum = 0;
   int64_t count = 0;
